@@ -1,0 +1,218 @@
+"""A float ONNX model, loaded, checked and prepared: what every configuration is built from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from optuna_quantune.errors import InputError
+
+
+WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Per-channel DequantizeLinear (its `axis` attribute) exists since opset 13.
+MINIMUM_OPSET: Final = 13
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape (None for a free dimension) and dtype of one input or output of a model."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node with a constant weight: what can be quantized or kept in float.
+
+    Attributes:
+        name: Name of the node.
+        op_type: One of `WEIGHTED_OPS`.
+        input: Name of the activation that the node reads.
+        output: Name of the activation that the node writes.
+        weight: Name of the weight initializer.
+        bias: Name of the bias initializer, or None.
+        channel_axis: Axis of the weight that counts output channels.
+    """
+
+    name: str
+    op_type: str
+    input: str
+    output: str
+    weight: str
+    bias: str | None
+    channel_axis: int
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A float model after ONNX Runtime's pre-processing, with what the other modules ask of it.
+
+    Attributes:
+        path: The file that the model was read from.
+        proto: The prepared graph: shapes inferred, constants folded, every node named.
+        fingerprint: SHA-256 of `proto`, hexadecimal.
+        inputs: The model's inputs, initializers excluded.
+        outputs: The model's outputs.
+        layers: The quantizable layers in the order of computation.
+        weights: Every weight and bias of `layers` by initializer name.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+    fingerprint: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    layers: tuple[Layer, ...]
+    weights: dict[str, NDArray[np.float32]]
+
+
+def load_float_model(path: str | Path) -> FloatModel:
+    """Reads, checks and prepares a float ONNX model.
+
+    Preparation is ONNX Runtime's ``quant_pre_process`` (basic graph optimizations, then shape
+    inference), so that ranges and Q/DQ pairs refer to the nodes that will really run.
+
+    Args:
+        path: The ``.onnx`` file; external data is looked for beside it.
+
+    Raises:
+        InputError: If the file is missing, is not a valid ONNX model, is quantized already, or has
+            no layer with a constant float weight.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"model {path}: no such file")
+    try:
+        source = onnx.load(path)
+        onnx.checker.check_model(str(path))
+    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "unreadable")
+        raise InputError(
+            f"model {path}: not a valid ONNX file, or a truncated one ({reason.strip()})"
+        ) from error
+    _refuse_quantized(source, path)
+    proto = _prepare(source, path)
+    initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
+    layers = tuple(_layers(proto, initializers))
+    if not layers:
+        raise InputError(
+            f"model {path}: no quantizable layer ({', '.join(WEIGHTED_OPS)} with a constant "
+            "float32 weight); nothing can be quantized"
+        )
+    names = {name for layer in layers for name in (layer.weight, layer.bias) if name}
+    return FloatModel(
+        path=path,
+        proto=proto,
+        fingerprint=hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest(),
+        inputs=tuple(_spec(i) for i in proto.graph.input if i.name not in initializers),
+        outputs=tuple(_spec(o) for o in proto.graph.output),
+        layers=layers,
+        weights={name: numpy_helper.to_array(initializers[name]) for name in sorted(names)},
+    )
+
+
+def _refuse_quantized(proto: onnx.ModelProto, path: Path) -> None:
+    for node in proto.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear") or (
+            node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
+        ):
+            raise InputError(
+                f"model {path}: already quantized (node {node.name or node.output[0]!r} is a "
+                f"{node.op_type}); give the float model"
+            )
+
+
+def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    if _opset(source) < MINIMUM_OPSET:
+        source = onnx.version_converter.convert_version(source, MINIMUM_OPSET)
+    with tempfile.TemporaryDirectory() as folder, _quiet_root_logger():
+        converted, prepared = Path(folder) / "converted.onnx", Path(folder) / "prepared.onnx"
+        try:
+            onnx.save(source, converted)
+            # Symbolic shape inference is for transformers, and would need sympy.
+            quant_pre_process(str(converted), str(prepared), skip_symbolic_shape=True)
+            proto = onnx.load(prepared)
+        except Exception as error:  # ONNX Runtime raises its own types here, without a common base
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"model {path}: ONNX Runtime cannot prepare it for quantization ({reason})"
+            ) from error
+    taken = {node.name for node in proto.graph.node}
+    for index, node in enumerate(proto.graph.node):
+        if not node.name:
+            name = f"{node.op_type}_{index}"
+            while name in taken:
+                name += "_"
+            node.name = name
+            taken.add(name)
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet_root_logger() -> Iterator[None]:
+    # ONNX Runtime's quantization tools write hints for their own command line to the root logger.
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    versions = [int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+    return max(versions)
+
+
+def _layers(proto: onnx.ModelProto, initializers: dict[str, onnx.TensorProto]) -> Iterator[Layer]:
+    for node in proto.graph.node:
+        if node.op_type not in WEIGHTED_OPS or len(node.input) < 2:
+            continue
+        weight = initializers.get(node.input[1])
+        if weight is None or weight.data_type != onnx.TensorProto.FLOAT:
+            continue
+        bias = node.input[2] if len(node.input) > 2 and node.input[2] in initializers else None
+        yield Layer(
+            name=node.name,
+            op_type=node.op_type,
+            input=node.input[0],
+            output=node.output[0],
+            weight=weight.name,
+            bias=bias,
+            channel_axis=_channel_axis(node, len(weight.dims)),
+        )
+
+
+def _channel_axis(node: onnx.NodeProto, rank: int) -> int:
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        return 1
+    if node.op_type == "Gemm":
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        return 0 if transposed else 1
+    return rank - 1
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+    return TensorSpec(
+        name=value.name,
+        shape=shape,
+        dtype=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)),
+    )

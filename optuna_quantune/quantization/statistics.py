@@ -1,0 +1,133 @@
+"""What calibration keeps of an activation: exact extremes, and a histogram that never grows.
+
+The histogram's bins are the bfloat16 numbers: a value falls into the bin of the upper 16 bits of
+its float32 representation. That makes binning a reinterpretation of memory, covers the whole range
+of float32 on both sides of zero, gives every bin a width of 2^-7 (0.8 %) of its value, and lets
+histograms of different inputs be added without ever being rebinned. The step of an 8-bit scale is
+0.4 % of the range, so a threshold is known to about two steps; within a bin values are taken as
+evenly spread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+BINS: Final = 1 << 16
+_SIGN: Final = 1 << 15
+_INFINITY: Final = 0x7F80
+# Values this far (2^-20) below the largest magnitude are counted as zero: an 8-bit step is 2^-8 of
+# the range, a 16-bit step 2^-16.
+_NEGLIGIBLE_OCTAVES: Final = 20
+# Counted in pieces whose bin numbers stay in the processor's cache.
+_PIECE: Final = 1 << 18
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts between edges, with the exact zeros (and what is next to nothing) apart.
+
+    Attributes:
+        edges: Lower edges and the last upper edge in ascending order, float64, shape (n + 1,).
+        counts: Number of values in each bin, float64, shape (n,).
+        zeros: Number of values that are 0 or negligible beside the largest magnitude.
+        minimum: The smallest value, exact.
+        maximum: The largest value, exact.
+    """
+
+    edges: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    zeros: float
+    minimum: float
+    maximum: float
+
+    @property
+    def total(self) -> float:
+        """Number of values, zeros included."""
+        return float(self.counts.sum()) + self.zeros
+
+    @property
+    def centers(self) -> NDArray[np.float64]:
+        """Middle of each bin, shape (n,)."""
+        return 0.5 * (self.edges[:-1] + self.edges[1:])
+
+    @property
+    def mean_square(self) -> float:
+        """Mean of the squared values."""
+        if self.total == 0:
+            return 0.0
+        low, high = self.edges[:-1], self.edges[1:]
+        square = (low * low + low * high + high * high) / 3.0  # of an even spread within the bin
+        return float(self.counts @ square) / self.total
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A histogram in the form in which it is stored and added: occupied bfloat16 bins only.
+
+    Attributes:
+        bins: uint16 bin numbers in ascending order, shape (n,).
+        counts: int64, shape (n,).
+        minimum: The smallest value, exact.
+        maximum: The largest value, exact.
+    """
+
+    bins: NDArray[np.uint16]
+    counts: NDArray[np.int64]
+    minimum: float
+    maximum: float
+
+    def __add__(self, other: Counts) -> Counts:
+        dense = np.zeros(BINS, dtype=np.int64)
+        dense[self.bins] = self.counts
+        dense[other.bins] += other.counts
+        return from_dense(
+            dense, min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        )
+
+    def histogram(self) -> Histogram:
+        """The counts over edges in ascending order, clipped to the exact minimum and maximum."""
+        magnitude = (self.bins & (_SIGN - 1)).astype(np.uint32)
+        negative = self.bins >= _SIGN
+        inner = (magnitude << 16).view(np.float32).astype(np.float64)
+        outer = (
+            (np.minimum(magnitude + 1, _INFINITY - 1) << 16).view(np.float32).astype(np.float64)
+        )
+        largest = max(abs(self.minimum), abs(self.maximum))
+        kept = inner > largest * 2.0**-_NEGLIGIBLE_OCTAVES
+        low = np.where(negative, -outer, inner)[kept]
+        high = np.where(negative, -inner, outer)[kept]
+        order = np.argsort(low, kind="stable")
+        low, high, counts = low[order], high[order], self.counts[kept][order].astype(np.float64)
+        # Bins without values leave gaps; a bin of count 0 in each gap makes the edges one array.
+        gaps = np.flatnonzero(low[1:] > high[:-1])
+        edges = np.concatenate([low, high[-1:], high[gaps]])
+        filled = np.concatenate([counts, np.zeros(gaps.size)])
+        starts = np.concatenate([low, high[gaps]])
+        order = np.argsort(starts, kind="stable")
+        edges = np.append(starts[order], high[-1:])
+        return Histogram(
+            edges=np.clip(edges, self.minimum, self.maximum),
+            counts=filled[order],
+            zeros=float(self.counts[~kept].sum()),
+            minimum=self.minimum,
+            maximum=self.maximum,
+        )
+
+
+def from_dense(dense: NDArray[np.int64], minimum: float, maximum: float) -> Counts:
+    """Drops the empty bins of an array of `BINS` counts."""
+    bins = np.flatnonzero(dense)
+    return Counts(bins.astype(np.uint16), dense[bins], minimum, maximum)
+
+
+def count_into(dense: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+    """Adds `values` (any shape, C-contiguous float32) to `dense`, shape (BINS,), in place."""
+    halves = values.reshape(-1).view(np.uint16).reshape(-1, 2)
+    upper = halves[:, 1 if np.little_endian else 0]
+    for start in range(0, upper.size, _PIECE):
+        dense += np.bincount(upper[start : start + _PIECE], minlength=BINS)

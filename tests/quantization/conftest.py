@@ -1,0 +1,79 @@
+"""The toy model with its calibration statistics, ready for every configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from optuna_quantune.quantization.calibration import calibrate
+from optuna_quantune.quantization.calibration import CalibrationStatistics
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.quantizer import required_activations
+
+
+Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
+
+
+class ArrayBatches:
+    def __init__(self, array: NDArray[np.float32]) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def batches(
+        self, batch_size: int, indices: NDArray[np.int64] | None = None
+    ) -> Iterator[dict[str, NDArray[np.float32]]]:
+        chosen = self.array if indices is None else self.array[indices]
+        for start in range(0, len(chosen), batch_size):
+            yield {"input": chosen[start : start + batch_size]}
+
+    def fingerprint(self) -> str:
+        return "array"
+
+
+def statistics_of(model: FloatModel, inputs: NDArray[np.float32]) -> CalibrationStatistics:
+    tensors = required_activations(place(model))
+    return calibrate(model, ArrayBatches(inputs), tensors, sizes=(1, 32, "all"))
+
+
+def _run(proto: onnx.ModelProto, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    outputs: NDArray[np.float32] = session.run(None, {"input": inputs})[0]
+    return outputs
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Runs a model on inputs and gives its first output."""
+    return _run
+
+
+@pytest.fixture(scope="session")
+def float_model(toy_model: Path) -> FloatModel:
+    return load_float_model(toy_model)
+
+
+@pytest.fixture(scope="session")
+def toy_statistics(
+    float_model: FloatModel, toy_inputs: NDArray[np.float32]
+) -> CalibrationStatistics:
+    return statistics_of(float_model, toy_inputs)
+
+
+@pytest.fixture(scope="session")
+def quantizer(float_model: FloatModel, toy_statistics: CalibrationStatistics) -> Quantizer:
+    return Quantizer(float_model, toy_statistics)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from onnx import numpy_helper
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.quantizer import Quantizer
+
+
+def test_layers_are_listed_in_order_with_their_tensors(float_model: FloatModel) -> None:
+    assert [layer.name for layer in float_model.layers] == ["stem", "depthwise", "project", "head"]
+    depthwise = float_model.layers[1]
+    assert (depthwise.input, depthwise.output) == ("stem.relu", "depthwise.out")
+    assert (depthwise.weight, depthwise.bias) == ("depthwise.weight", "depthwise.bias")
+    assert depthwise.channel_axis == 0
+
+
+@pytest.mark.parametrize(("transposed", "axis"), [(0, 1), (1, 0)])
+def test_channels_of_a_gemm_are_its_output_columns(
+    tmp_path: Path, transposed: int, axis: int
+) -> None:
+    shape = (3, 5) if transposed else (5, 3)
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=transposed)
+    path = save_graph(tmp_path, [node], {"w": np.ones(shape)}, [1, 5], [1, 3])
+    assert load_float_model(path).layers[0].channel_axis == axis
+
+
+def test_nodes_without_names_get_unique_ones(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"]),
+        helper.make_node("Gemm", ["h", "w"], ["y"]),
+    ]
+    path = save_graph(tmp_path, nodes, {"w": np.eye(4)}, [1, 4], [1, 4])
+    names = [layer.name for layer in load_float_model(path).layers]
+    assert all(names)
+    assert len(set(names)) == 2
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model .*nowhere\.onnx: no such file"):
+        load_float_model(tmp_path / "nowhere.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"This is not a model.", None])
+def test_truncated_or_foreign_files_are_refused(
+    tmp_path: Path, toy_model: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(toy_model.read_bytes()[:-500] if content is None else content)
+    with pytest.raises(InputError, match=r"broken\.onnx: not a valid ONNX file") as caught:
+        load_float_model(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_quantized_models_are_refused(tmp_path: Path, quantizer: Quantizer) -> None:
+    path = tmp_path / "int8.onnx"
+    onnx.save(quantizer.quantize(QuantizationConfig()).proto, path)
+    with pytest.raises(InputError, match="already quantized"):
+        load_float_model(path)
+
+
+def test_models_without_a_layer_to_quantize_are_refused(tmp_path: Path) -> None:
+    path = save_graph(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {}, [1, 4], [1, 4])
+    with pytest.raises(InputError, match="no quantizable layer"):
+        load_float_model(path)
+
+
+def test_old_opsets_are_converted_so_that_per_channel_scales_exist(tmp_path: Path) -> None:
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"])
+    constants = {"w": np.eye(4), "b": np.ones(4)}
+    path = save_graph(tmp_path, [node], constants, [1, 4], [1, 4], opset=11)
+    assert load_float_model(path).proto.opset_import[0].version >= 13
+
+
+def save_graph(
+    folder: Path,
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, np.ndarray],
+    input_shape: list[int],
+    output_shape: list[int],
+    opset: int = 17,
+) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, input_shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, output_shape)],
+        [numpy_helper.from_array(v.astype(np.float32), k) for k, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model.ir_version = 8
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    return path

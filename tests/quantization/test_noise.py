@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import get_args
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from optuna_quantune.quantization.config import Clipping
+from optuna_quantune.quantization.config import Granularity
+from optuna_quantune.quantization.config import MixedPrecision
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.config import Scheme
+from optuna_quantune.quantization.noise import expected_agreement
+from optuna_quantune.quantization.noise import NoiseModel
+from optuna_quantune.quantization.noise import quantization_error
+from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.statistics import BINS
+from optuna_quantune.quantization.statistics import count_into
+from optuna_quantune.quantization.statistics import from_dense
+
+
+@pytest.mark.parametrize("clip", [1.0, 2.5, 6.0])
+@pytest.mark.parametrize("levels", [16, 255])
+def test_expected_error_is_the_error_of_really_quantizing(clip: float, levels: int) -> None:
+    values = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
+    dense = np.zeros(BINS, dtype=np.int64)
+    count_into(dense, values)
+    histogram = from_dense(dense, float(values.min()), float(values.max())).histogram()
+    scale = 2 * clip / levels
+    integers = np.clip(np.rint(values / scale), -(levels // 2), levels // 2)
+    low, high = -scale * (levels // 2), scale * (levels // 2)
+    rounding, clipping = quantization_error(histogram, scale, low, high)
+    assert rounding + clipping == pytest.approx(
+        np.mean(np.square(integers * scale - values)), rel=0.03
+    )
+    assert (clipping > rounding) == (clip < 2.0 or (clip < 3.0 and levels == 255))
+
+
+def test_expected_agreement_is_the_share_that_survives_simulated_noise() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 2)) * 3.0
+    ordered = np.sort(logits, axis=1)
+    noise_power = 0.5
+    noisy = logits + rng.normal(scale=np.sqrt(noise_power), size=logits.shape)
+    survived = np.mean(noisy.argmax(axis=1) == logits.argmax(axis=1))
+    expected = expected_agreement(ordered[:, 1] - ordered[:, 0], noise_power)
+    assert expected == pytest.approx(survived, abs=0.015)
+
+
+def test_no_noise_changes_no_class() -> None:
+    assert expected_agreement(np.array([0.1, 5.0]), 0.0) == 1.0
+
+
+def test_prediction_orders_configurations_as_measured_noise_does(
+    quantizer: Quantizer,
+    toy_inputs: NDArray[np.float32],
+    run: Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]],
+) -> None:
+    reference = run(quantizer.model.proto, toy_inputs)
+    predicted, measured = [], []
+    noise = NoiseModel(quantizer)
+    for images, scheme, clipping, granularity, mixed in itertools.product(
+        (1, "all"),
+        get_args(Scheme),
+        get_args(Clipping),
+        get_args(Granularity),
+        get_args(MixedPrecision),
+    ):
+        config = QuantizationConfig(
+            calibration_images=images,
+            scheme=scheme,
+            clipping=clipping,
+            granularity=granularity,
+            mixed_precision=mixed,
+        )
+        outputs = run(quantizer.quantize(config).proto, toy_inputs)
+        error = np.mean(np.square(outputs - reference)) / np.mean(np.square(reference))
+        measured.append(-10 * np.log10(error))
+        predicted.append(noise.predict(config).features()["predicted_sqnr_db"])
+    assert spearmanr(predicted, measured).statistic > 0.85
+
+
+def test_float_layers_and_finer_scales_are_expected_to_be_less_noisy(quantizer: Quantizer) -> None:
+    noise = NoiseModel(quantizer)
+
+    def total(**knobs: str) -> float:
+        return noise.predict(QuantizationConfig.from_dict(knobs)).total
+
+    assert total(granularity="channel") < total(granularity="tensor")
+    assert total(mixed_precision="first_last") < total(mixed_precision="none")
+    assert total(scheme="asymmetric") < total(scheme="symmetric")
+    assert total(scheme="symmetric") < total(scheme="symmetric_power2")
