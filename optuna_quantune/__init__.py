@@ -1,1 +1,36 @@
-"""Finds the int8 configuration of a float ONNX model that loses the least accuracy, with Optuna."""
+"""Finds the int8 configuration of an ONNX model that loses the least accuracy, with Optuna."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.evaluation.dataset import ImageFolder
+from optuna_quantune.evaluation.dataset import ReaderInputs
+from optuna_quantune.evaluation.preprocessing import Preprocessing
+from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.space import SearchSpace
+from optuna_quantune.target import Target
+from optuna_quantune.tuning import TuningResult
+from optuna_quantune.tuning import tune
+
+
+__version__ = version("optuna-quantune")
+
+__all__ = [
+    "ArrayInputs",
+    "ImageFolder",
+    "InputError",
+    "Preprocessing",
+    "QuantizationConfig",
+    "QuantizationObjective",
+    "QuantuneSampler",
+    "ReaderInputs",
+    "SearchSpace",
+    "Target",
+    "TuningResult",
+    "tune",
+]

@@ -15,6 +15,8 @@ from typing import Final
 
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
 from optuna.trial import Trial
 
 from optuna_quantune.errors import InputError
@@ -132,7 +134,7 @@ class SearchSpace(Mapping[str, BaseDistribution]):
     def suggest(self, trial: Trial) -> QuantizationConfig:
         """Asks a trial for a value of every knob."""
         return self.config(
-            {name: trial._suggest(name, dist) for name, dist in self._distributions.items()}
+            {name: _suggest(trial, name, dist) for name, dist in self._distributions.items()}
         )
 
     def __getitem__(self, name: str) -> BaseDistribution:
@@ -143,6 +145,23 @@ class SearchSpace(Mapping[str, BaseDistribution]):
 
     def __len__(self) -> int:
         return len(self._distributions)
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(
+            name,
+            distribution.low,
+            distribution.high,
+            step=distribution.step,
+            log=distribution.log,
+        )
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(
+        name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+    )
 
 
 def _choices(name: str, choices: Sequence[Any]) -> tuple[Any, ...]:

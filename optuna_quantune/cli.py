@@ -1,0 +1,350 @@
+"""The command line: arguments in, results printed. What is done stands in `tuning.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from typing import Final
+from typing import get_args
+from typing import TypeVar
+
+import click
+import optuna
+from rich.console import Console
+from rich.logging import RichHandler
+
+import optuna_quantune
+from optuna_quantune.demo import load_demo
+from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.evaluation.dataset import ImageFolder
+from optuna_quantune.evaluation.dataset import InputSource
+from optuna_quantune.evaluation.preprocessing import Preprocessing
+from optuna_quantune.objective import check_writable
+from optuna_quantune.objective import DEFAULT_CACHE
+from optuna_quantune.objective import Metric
+from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.objective import write_model
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.report.console import config_lines
+from optuna_quantune.report.console import layers_table
+from optuna_quantune.report.console import predictions_table
+from optuna_quantune.report.console import result_table
+from optuna_quantune.report.console import trial_line
+from optuna_quantune.report.console import trials_table
+from optuna_quantune.report.progress import ProgressBars
+from optuna_quantune.space import SearchSpace
+from optuna_quantune.tuning import tune
+from optuna_quantune.tuning import TuningResult
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Wide enough for the table of trials where the width is not known (a file or a pipe).
+_PLAIN_WIDTH: Final = 160
+_PREDICTIONS_SHOWN: Final = 10
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0 when done, 2 on a user's mistake, 130 on Ctrl-C."""
+    try:
+        cli.main(args=arguments, prog_name="optuna-quantune", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except InputError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"optuna-quantune: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(optuna_quantune.__version__)
+def cli() -> None:
+    """Finds the int8 configuration of a float ONNX model that loses the least accuracy."""
+
+
+def _data_options(command: Command) -> Command:
+    for option in (
+        click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime."),
+        click.option(
+            "--cache",
+            default=DEFAULT_CACHE,
+            show_default="the user's cache folder",
+            help="Folder where calibration statistics are kept for the next run.",
+        ),
+        click.option("--target", default="cpu", help="Device that the model is made for."),
+        click.option(
+            "--preprocessing",
+            metavar="JSON",
+            help="JSON file of the images' preprocessing: mean, std, scale, channel_order, "
+            "resize_short_side, crop, interpolation.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _search_options(n_trials: int) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option("--seed", default=0, help="Seed of sampler and split."),
+            click.option("--study-name", help="Name of the study in the storage."),
+            click.option(
+                "--storage",
+                help="Database URL (sqlite:///x.db) or journal file; the same command again goes "
+                "on where it stopped.",
+            ),
+            click.option(
+                "--timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                metavar="SECONDS",
+                help="No trial begins later than this.",
+            ),
+            click.option(
+                "--n-trials",
+                type=click.IntRange(1),
+                default=n_trials,
+                help="Trials in all, those already in the storage included.",
+            ),
+            click.option(
+                "--sampler",
+                default="quantune",
+                help="'quantune', a class of optuna.samplers, or module:factory.",
+            ),
+            click.option(
+                "--space", default="quantune", help="Preset, or JSON file of knobs and choices."
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@cli.command("tune")
+@click.argument("model")
+@click.option("--calibration", required=True, metavar="DIR", help="Images for calibration.")
+@click.option("--evaluation", required=True, metavar="DIR", help="Images for evaluation.")
+@click.option(
+    "--labels", metavar="CSV", help="Columns file,label_index; DIR/labels.csv if it is there."
+)
+@click.option(
+    "--metric",
+    type=click.Choice(get_args(Metric)),
+    show_default="top1 with labels, agreement without",
+    help="What is maximized.",
+)
+@click.option(
+    "--max-accuracy-drop",
+    type=click.FloatRange(0, 1),
+    metavar="X",
+    help="Take the fastest model that loses at most X (0.01 is one point).",
+)
+@click.option("--output", metavar="PATH", show_default="MODEL.int8.onnx", help="Model to write.")
+@_search_options(n_trials=20)
+@_data_options
+def tune_command(
+    model: str,
+    calibration: str,
+    evaluation: str,
+    labels: str | None,
+    preprocessing: str | None,
+    output: str | None,
+    **options: Any,
+) -> None:
+    """Searches the best int8 configuration of MODEL and writes the model."""
+    recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
+    _tune(
+        model,
+        calibration=ImageFolder(calibration, preprocessing=recipe),
+        evaluation=ImageFolder(evaluation, labels=labels, preprocessing=recipe),
+        output=output or str(Path(model).with_suffix(".int8.onnx")),
+        **options,
+    )
+
+
+@cli.command("demo")
+@click.option("--output", default="demo.int8.onnx", metavar="PATH", help="Model to write.")
+@_search_options(n_trials=20)
+def demo_command(output: str, **options: Any) -> None:
+    """Runs the whole job on a small model and images that come with the package."""
+    data = load_demo()
+    recipe = Preprocessing.from_mapping(data.preprocessing)
+    _tune(
+        str(data.model_path),
+        calibration=ArrayInputs(data.calibration, preprocessing=recipe),
+        evaluation=ArrayInputs(
+            data.evaluation, labels=data.evaluation_labels, preprocessing=recipe
+        ),
+        output=output,
+        **options,
+    )
+
+
+@cli.command("quantize")
+@click.argument("model")
+@click.option(
+    "--config",
+    required=True,
+    metavar="JSON",
+    help='Knobs as JSON, or a file of it: \'{"scheme": "symmetric_uint8", "clipping": "kl"}\'. '
+    "Knobs left out keep their default.",
+)
+@click.option("--calibration", required=True, metavar="DIR", help="Images for calibration.")
+@click.option("--output", metavar="PATH", show_default="MODEL.int8.onnx", help="Model to write.")
+@_data_options
+def quantize_command(
+    model: str,
+    config: str,
+    calibration: str,
+    preprocessing: str | None,
+    output: str | None,
+    **options: Any,
+) -> None:
+    """Builds one configuration of MODEL."""
+    path = output or str(Path(model).with_suffix(".int8.onnx"))
+    chosen = _read_config(config)
+    check_writable(path)
+    with _progress() as progress:
+        objective = _objective_without_evaluation(
+            model,
+            calibration,
+            preprocessing,
+            space=SearchSpace({"calibration_images": [chosen.calibration_images]}),
+            progress=progress,
+            **options,
+        )
+        write_model(objective.quantize(chosen).proto, path)
+    click.echo(f"wrote {path} ({Path(path).stat().st_size / 1e6:.2f} MB)")
+
+
+@cli.command("inspect")
+@click.argument("model")
+@click.option(
+    "--calibration", metavar="DIR", help="Images for calibration: adds the predicted noise."
+)
+@click.option(
+    "--space", default="quantune", help="Preset, or JSON file of knobs and choices, to predict."
+)
+@_data_options
+def inspect_command(
+    model: str, calibration: str | None, space: str, preprocessing: str | None, **options: Any
+) -> None:
+    """Shows the layers of MODEL, and which configurations promise the least noise."""
+    console = _stdout()
+    if calibration is None:
+        console.print(layers_table(load_float_model(model)))
+        return
+    with _progress() as progress:
+        objective = _objective_without_evaluation(
+            model,
+            calibration,
+            preprocessing,
+            space=SearchSpace.load(space),
+            progress=progress,
+            **options,
+        )
+        _ = objective.quantizer
+    console.print(layers_table(objective.model))
+    console.print(predictions_table(objective, _PREDICTIONS_SHOWN))
+
+
+def _objective_without_evaluation(
+    model: str, calibration: str, preprocessing: str | None, **options: Any
+) -> QuantizationObjective:
+    recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
+    images = ImageFolder(calibration, preprocessing=recipe)
+    return QuantizationObjective(
+        model, calibration=images, evaluation=images, metric="sqnr_db", **options
+    )
+
+
+def _tune(
+    model: str, *, calibration: InputSource, evaluation: InputSource, **options: Any
+) -> None:
+    console = _stdout()
+    with _progress() as progress:
+        total = options["n_trials"]
+
+        def show(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            progress.console.print(trial_line(trial), highlight=False)
+            progress("trials", min(trial.number + 1, total), total)
+
+        result = tune(
+            model,
+            calibration=calibration,
+            evaluation=evaluation,
+            progress=progress,
+            callbacks=[show],
+            **options,
+        )
+    _print_result(console, result, options.get("max_accuracy_drop"))
+
+
+def _print_result(console: Console, result: TuningResult, bound: float | None) -> None:
+    metric = result.study.user_attrs["metric"]
+    console.print(trials_table(result.study.get_trials(deepcopy=False), metric))
+    console.print(f"\nChosen: trial {result.trial.number}")
+    console.print(config_lines(result) + "\n", highlight=False)
+    console.print(result_table(result))
+    if not result.goal_met:
+        console.print(f"No trial loses at most {bound}; this is the most accurate one.")
+    if result.latency.low > 1:
+        console.print("The int8 model is slower than the float model on this machine.")
+    if result.interrupted:
+        console.print("The search was interrupted; this is the best model so far.")
+    console.print(f"Wrote {result.path} after {result.seconds:.0f} s.", highlight=False)
+
+
+def _read_config(text: str) -> QuantizationConfig:
+    try:
+        knobs = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--config {text}: neither a JSON object nor a file of one ({error})"
+        ) from error
+    if not isinstance(knobs, dict):
+        raise InputError(f"--config {text}: must be a JSON object from knob to value")
+    return QuantizationConfig.from_dict(knobs)
+
+
+def _stdout() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[ProgressBars]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the trials are printed as lines
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=_PLAIN_WIDTH)
+    logger = logging.getLogger("optuna_quantune")
+    logger.setLevel(logging.INFO)
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    logger.addHandler(handler)
+    try:
+        with ProgressBars(console) as bars:
+            yield bars
+    finally:
+        logger.removeHandler(handler)
+
+
+if __name__ == "__main__":
+    main()

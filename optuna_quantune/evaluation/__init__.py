@@ -1,0 +1,1 @@
+"""The ONNX Runtime side: inputs in, outputs and metrics out. Knows nothing of Optuna."""

@@ -1,0 +1,117 @@
+"""How long one input takes, against a reference model on the same machine at the same time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quantune.errors import InputError
+
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from numpy.typing import NDArray
+
+# With 5 pairs even the interval from the smallest to the largest ratio holds the median with
+# probability 1 - 2 / 2^5 = 93.75 % only.
+_MIN_REPEATS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyRatio:
+    """Latency of a model against a reference model.
+
+    Attributes:
+        median_ms: Median milliseconds of one run of the model.
+        reference_median_ms: Median milliseconds of one run of the reference model.
+        ratio: Median of the ratios of neighbouring runs, model over reference; below 1 the model
+            is faster.
+        low: Lower end of the 95 % confidence interval of ``ratio``.
+        high: Upper end of it.
+    """
+
+    median_ms: float
+    reference_median_ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+def latency_ratio(
+    session: onnxruntime.InferenceSession,
+    reference_session: onnxruntime.InferenceSession,
+    feeds: Sequence[dict[str, NDArray[Any]]],
+    *,
+    repeats: int = 30,
+    warmup: int = 5,
+) -> LatencyRatio:
+    """Compare the latency of two models, run by run in turns.
+
+    Each ratio comes from two runs that follow each other, in alternating order, on the same feed,
+    so that a slower phase of the machine slows both. Both sessions should be made alike, with the
+    threads that the application will use and without spinning
+    (:func:`~optuna_quantune.evaluation.runner.make_session`): threads of one session that wait in
+    a busy loop take the cores away from the other.
+
+    Args:
+        session: The model.
+        reference_session: The reference, in general the float model.
+        feeds: Inputs by name, in general of batch size 1; used in turns.
+        repeats: Measured runs of each model, at least 6.
+        warmup: Runs of each model before, not measured: the first ones allocate memory.
+
+    Raises:
+        InputError: There are no feeds, or too few repeats for an interval.
+    """
+    if not feeds:
+        raise InputError("latency needs at least one input")
+    if repeats < _MIN_REPEATS:
+        raise InputError(f"latency needs at least {_MIN_REPEATS} repeats, not {repeats}")
+    milliseconds = np.empty((repeats, 2))
+    sessions = (session, reference_session)
+    for turn in range(-warmup, repeats):
+        feed = feeds[turn % len(feeds)]
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            begin = time.perf_counter_ns()
+            sessions[which].run(None, feed)
+            elapsed = (time.perf_counter_ns() - begin) / 1e6
+            if turn >= 0:
+                milliseconds[turn, which] = elapsed
+    low, ratio, high = median_interval(milliseconds[:, 0] / milliseconds[:, 1])
+    median, reference_median = np.median(milliseconds, axis=0).tolist()
+    return LatencyRatio(median, reference_median, ratio, low, high)
+
+
+def median_interval(
+    values: NDArray[np.float64], *, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Give a median between two order statistics that hold it, whatever the distribution.
+
+    The number of values below the true median is binomial with probability 1/2, so the r-th
+    smallest and the r-th largest value hold it with probability 1 - 2 P(B < r) (G. J. Hahn and
+    W. Q. Meeker, Statistical Intervals, 1991, chapter 5). The largest r that keeps the confidence
+    is taken.
+
+    Args:
+        values: Independent values of shape (n,), n large enough for r = 1.
+        confidence: Probability with which the interval holds the true median, 0 to 1.
+
+    Returns:
+        Lower end, median, upper end.
+    """
+    ordered = np.sort(values)
+    n = len(ordered)
+    rank = 0
+    tail = 0.0  # P(B <= rank - 1)
+    while 2 * (tail + math.comb(n, rank) / 2**n) <= 1 - confidence:
+        tail += math.comb(n, rank) / 2**n
+        rank += 1
+    if rank == 0:
+        raise InputError(f"{n} values are too few for an interval of {confidence:.0%}")
+    return float(ordered[rank - 1]), float(np.median(ordered)), float(ordered[n - rank])

@@ -1,0 +1,305 @@
+"""How good a quantized model's outputs are: accuracy, agreement, noise, and how sure each is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.labels import check_label_range
+from optuna_quantune.evaluation.labels import label_array
+
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from numpy.typing import NDArray
+
+# A model whose accuracy may be explained by this share of the way from chance to perfect is
+# reported. Trained ImageNet classifiers (SqueezeNet, MobileNetV2, EfficientNet-Lite0) had a top-1
+# of 0 to .05 with the pixel range wrong, and .53 to .79 with milder mistakes (channels swapped, a
+# mean left out), which no threshold can tell from a weaker model.
+_NEAR_CHANCE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval, all in the unit of the estimate."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What a model's outputs are worth.
+
+    Attributes:
+        n: Number of inputs.
+        top1: Share of inputs whose label has the highest score, 0 to 1; None without labels.
+        top5: Share of inputs whose label is among the five highest; None without labels.
+        agreement: Share of inputs with the same prediction as the float model, 0 to 1.
+        sqnr_db: Output signal-to-quantization-noise ratio against the float model, in decibels;
+            infinite where the outputs are equal.
+    """
+
+    n: int
+    top1: float | None
+    top5: float | None
+    agreement: float
+    sqnr_db: float
+
+
+def measure(
+    outputs: NDArray[Any], *, reference: NDArray[Any], labels: ArrayLike | None
+) -> Measurement:
+    """Measure a model's outputs against the float model's and, where there are, the labels.
+
+    Args:
+        outputs: Scores (logits or probabilities) of shape (n, classes) or (n, classes, 1, 1).
+        reference: The float model's scores for the same inputs.
+        labels: Class indices of shape (n,), or None.
+
+    Raises:
+        InputError: The outputs are not scores of classes, or the labels are not theirs.
+    """
+    return Measurement(
+        n=len(outputs),
+        top1=None if labels is None else top_k_accuracy(outputs, labels, k=1),
+        top5=None if labels is None else top_k_accuracy(outputs, labels, k=5),
+        agreement=agreement(outputs, reference),
+        sqnr_db=sqnr_db(outputs, reference),
+    )
+
+
+def class_scores(outputs: NDArray[Any]) -> NDArray[Any]:
+    """Give a classifier's scores of shape (n, classes).
+
+    Args:
+        outputs: Scores of shape (n, classes), or (n, classes, 1, 1) as fully convolutional
+            classifiers give them; at least two classes.
+
+    Raises:
+        InputError: The outputs have another shape.
+    """
+    scores = outputs[:, :, 0, 0] if outputs.ndim == 4 and outputs.shape[2:] == (1, 1) else outputs
+    if scores.ndim != 2 or scores.shape[1] < 2 or not len(scores):
+        raise InputError(
+            f"the model's output has the shape {outputs.shape}, not (inputs, classes): accuracy "
+            "and agreement need a classifier; give a metric of your own for other models"
+        )
+    return scores
+
+
+def top_k_correct(outputs: NDArray[Any], labels: ArrayLike, *, k: int) -> NDArray[np.bool_]:
+    """Say for each input whether its label is among the k highest scores.
+
+    Equal scores, which int8 outputs often have, rank in the order of the classes, as
+    ``numpy.argmax`` does. A label whose score is not a number is not among the highest.
+
+    Args:
+        outputs: Scores of shape (n, classes) or (n, classes, 1, 1).
+        labels: Class indices of shape (n,).
+        k: How many of the highest scores count, at least 1.
+
+    Returns:
+        Booleans of shape (n,).
+
+    Raises:
+        InputError: See :func:`measure`.
+    """
+    scores = class_scores(outputs)
+    label = label_array(labels, inputs=len(scores))
+    check_label_range(label, classes=scores.shape[1])
+    own = scores[np.arange(len(scores)), label][:, None]
+    lower_class = np.arange(scores.shape[1]) < label[:, None]
+    rank = ((scores > own) | ((scores == own) & lower_class)).sum(axis=1)
+    correct: NDArray[np.bool_] = (rank < k) & ~np.isnan(own[:, 0])
+    return correct
+
+
+def top_k_accuracy(outputs: NDArray[Any], labels: ArrayLike, k: int) -> float:
+    """Share of inputs, 0 to 1, whose label is among the k highest scores.
+
+    See :func:`top_k_correct` for arguments and errors.
+    """
+    return float(top_k_correct(outputs, labels, k=k).mean())
+
+
+def agreement(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Share of inputs, 0 to 1, for which two models predict the same class.
+
+    An input for which a score is not a number does not agree.
+
+    Args:
+        outputs: Scores of shape (n, classes) or (n, classes, 1, 1).
+        reference: The other model's scores, of the same shape.
+
+    Raises:
+        InputError: The outputs are not scores of classes, or have different shapes.
+    """
+    _check_same_shape(outputs, reference)
+    ours, theirs = class_scores(outputs), class_scores(reference)
+    valid = ~(np.isnan(ours).any(axis=1) | np.isnan(theirs).any(axis=1))
+    return float(np.mean(valid & (ours.argmax(axis=1) == theirs.argmax(axis=1))))
+
+
+def sqnr_db(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Signal-to-quantization-noise ratio of outputs of any shape, in decibels.
+
+    ``10 log10(sum(reference^2) / sum((reference - outputs)^2))`` over all elements.
+
+    Args:
+        outputs: The quantized model's outputs.
+        reference: The float model's outputs, of the same shape.
+
+    Returns:
+        Infinity where the outputs are equal, minus infinity where they are not finite or where
+        there is noise and no signal.
+
+    Raises:
+        InputError: The shapes differ.
+    """
+    _check_same_shape(outputs, reference)
+    signal = np.asarray(reference, np.float64).ravel()
+    noise = np.asarray(outputs, np.float64).ravel() - signal
+    noise_power, signal_power = float(noise @ noise), float(signal @ signal)
+    if noise_power == 0:
+        return math.inf
+    if signal_power == 0 or not math.isfinite(noise_power):
+        return -math.inf
+    return 10 * math.log10(signal_power / noise_power)
+
+
+def margins(outputs: NDArray[Any]) -> NDArray[np.float64]:
+    """Difference of the two highest scores of each input: how much noise its prediction bears.
+
+    Args:
+        outputs: Scores of shape (n, classes) or (n, classes, 1, 1).
+
+    Returns:
+        Margins of shape (n,), in the unit of the scores, not negative.
+
+    Raises:
+        InputError: The outputs are not scores of classes.
+    """
+    highest = np.partition(class_scores(outputs).astype(np.float64), -2, axis=1)[:, -2:]
+    return np.asarray(highest[:, 1] - highest[:, 0])
+
+
+def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion (E. B. Wilson, JASA 22, 1927).
+
+    Args:
+        successes: Number of successes, 0 to n.
+        n: Number of trials, at least 1.
+        confidence: Probability with which the interval holds the true proportion, 0 to 1.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At 0 and n the interval ends exactly there; rounding would leave it a hair beside.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return Interval(share, low, high)
+
+
+def paired_difference_interval(
+    correct_a: ArrayLike, correct_b: ArrayLike, *, confidence: float = 0.95
+) -> Interval:
+    """Tango's score interval of the difference of two accuracies on the same inputs.
+
+    Two models that see the same inputs mostly err on the same ones; only the inputs on which one
+    is right and the other is wrong say which is better. The interval holds every difference
+    that the score test does not reject (T. Tango, Statistics in Medicine 17, 1998). Unlike the
+    usual normal (Wald) interval it holds what it promises for few inputs, and has a width where
+    no input differs at all.
+
+    Args:
+        correct_a: Whether the first model is right, booleans of shape (n,).
+        correct_b: Whether the second model is right, booleans of shape (n,).
+        confidence: Probability with which the interval holds the true difference, 0 to 1.
+
+    Returns:
+        Accuracy of the first model minus accuracy of the second, -1 to 1.
+
+    Raises:
+        InputError: There are no inputs, or the shapes differ.
+    """
+    a, b = np.asarray(correct_a, np.bool_), np.asarray(correct_b, np.bool_)
+    if a.ndim != 1 or a.shape != b.shape or not len(a):
+        raise InputError(
+            f"a paired comparison needs the same inputs for both models, not {a.shape} and "
+            f"{b.shape}"
+        )
+    n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    estimate = (only_a - only_b) / n
+
+    def score(difference: float) -> float:
+        return _tango_score(difference, n=n, only_a=only_a, only_b=only_b)
+
+    low = -1.0 if estimate == -1 else _bisect(lambda d: score(d) > z, -1.0, estimate)
+    high = 1.0 if estimate == 1 else _bisect(lambda d: score(d) >= -z, estimate, 1.0)
+    return Interval(estimate, low, high)
+
+
+def near_chance(top1: float, n: int, n_classes: int) -> bool:
+    """Say whether a float model's accuracy is so low that its preprocessing is probably wrong.
+
+    With the chance level c = 1 / classes, the accuracy counts as near chance unless it is
+    significantly (one-sided 5 %, Wilson's interval) above c + 0.1 (1 - c), a tenth of the way
+    from guessing to perfect. Testing against c alone would pass a broken model: at 1,000 classes,
+    10 right answers in 1,000 are significantly more than the 1 of chance. With very few inputs
+    nothing is significant, and the answer is yes.
+
+    Args:
+        top1: Share of right predictions, 0 to 1.
+        n: Number of inputs, at least 1.
+        n_classes: Number of classes, at least 2.
+    """
+    chance = 1 / n_classes
+    bar = chance + _NEAR_CHANCE * (1 - chance)
+    return wilson_interval(round(top1 * n), n, confidence=0.9).low <= bar
+
+
+def _tango_score(difference: float, *, n: int, only_a: int, only_b: int) -> float:
+    """Score statistic of the paired difference, standard normal if ``difference`` is the true one.
+
+    Tango 1998, equations for the restricted maximum likelihood estimate: ``q`` is the probability
+    that only b is right, given that only a is right ``difference`` more often.
+    """
+    linear = -only_a - only_b + (2 * n - only_a + only_b) * difference
+    constant = -only_b * difference * (1 - difference)
+    q = (math.sqrt(max(0.0, linear * linear - 8 * n * constant)) - linear) / (4 * n)
+    variance = n * (2 * q + difference * (1 - difference))
+    deviation = only_a - only_b - n * difference
+    if variance <= 0:  # the difference leaves no room for chance: certain, or impossible
+        return 0.0 if deviation == 0 else math.copysign(math.inf, deviation)
+    return deviation / math.sqrt(variance)
+
+
+def _bisect(holds_left: Callable[[float], bool], left: float, right: float) -> float:
+    """Give the point between ``left`` and ``right`` where a condition stops to hold."""
+    for _ in range(60):  # halves an interval of at most 2 below the spacing of float64
+        middle = (left + right) / 2
+        if holds_left(middle):
+            left = middle
+        else:
+            right = middle
+    return (left + right) / 2
+
+
+def _check_same_shape(outputs: NDArray[Any], reference: NDArray[Any]) -> None:
+    if outputs.shape != reference.shape:
+        raise InputError(
+            f"the outputs to compare have the shapes {outputs.shape} and {reference.shape}; both "
+            "models must give the same output for the same inputs"
+        )

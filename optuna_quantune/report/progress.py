@@ -1,0 +1,53 @@
+"""Progress bars for long work: one for each stage, and one for the trials."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import rich.progress
+from rich.console import Console
+
+
+class ProgressBars:
+    """Shows the stages of `tune` on a terminal; nothing where there is none.
+
+    Use it as a context manager and pass it as the `progress` callback.
+
+    Args:
+        console: Where the bars are drawn, normally stderr.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:<12}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, rich.progress.TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Moves the bar of a stage; a finished stage starts anew with the next call."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+        if done >= total:
+            self._bars.remove_task(self._tasks.pop(stage))
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bars.stop()

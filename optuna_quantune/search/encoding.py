@@ -1,0 +1,238 @@
+"""Numbers for the configurations of a search space.
+
+Everything behind the sampler works on arrays, never on dictionaries of parameters. A configuration
+is a row of *codes*: the index of the choice (categorical), the index of the step (int, and float
+with a step), or the position in the unit interval (continuous float); log scales are already
+undone. Codes identify a configuration, can be enumerated and be changed one at a time. From them
+come the two kinds of model inputs: unit-norm kernel features and plain columns for trees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+
+
+# Length scale of the Matérn 5/2 similarity of two values of a numerical parameter, in units of the
+# parameter's range; the surrogate's products of similarities make it locally shorter.
+_LENGTH_SCALE = 0.4
+# Knots that carry the similarity of a numerical parameter with more values than that. Matérn 5/2
+# is smooth: with knots at 1/6 of the length scale the approximation error is below 1e-3.
+_MAX_KNOTS = 16
+
+
+class SpaceEncoding:
+    """Codes and model inputs of the configurations of one search space.
+
+    Args:
+        search_space: Optuna distributions by parameter name. Parameters are ordered by name, so
+            that two processes that list them differently encode alike.
+
+    Attributes:
+        names: The parameter names, sorted; the columns of every array of codes.
+        n_values: How many values each parameter has, 0 for a continuous one; int64 of shape
+            (n_params,).
+        size: How many configurations the space has; ``math.inf`` with a continuous parameter.
+    """
+
+    def __init__(self, search_space: Mapping[str, BaseDistribution]) -> None:
+        self.names = tuple(sorted(search_space))
+        self.distributions = tuple(search_space[name] for name in self.names)
+        self.n_values = np.array([_n_values(d) for d in self.distributions], dtype=np.int64)
+        self.size = (
+            math.inf if np.any(self.n_values == 0) else math.prod(int(k) for k in self.n_values)
+        )
+        self._knot_positions = [
+            None if isinstance(d, CategoricalDistribution) else _knot_positions(d)
+            for d in self.distributions
+        ]
+
+    @property
+    def n_params(self) -> int:
+        """The number of parameters."""
+        return len(self.names)
+
+    def is_categorical(self, column: int) -> bool:
+        """Whether the values of a parameter have no order."""
+        return isinstance(self.distributions[column], CategoricalDistribution)
+
+    def encode(self, params: Mapping[str, Any]) -> NDArray[np.float64] | None:
+        """The codes of one configuration.
+
+        Args:
+            params: Parameter values as the study shows them; further names are ignored.
+
+        Returns:
+            float64 of shape (n_params,), or ``None`` when a parameter is missing or its value lies
+            outside this space, as for trials from before a change of the space.
+        """
+        codes = self.encode_columns(params)
+        if len(codes) < self.n_params:
+            return None
+        return np.array([codes[column] for column in range(self.n_params)])
+
+    def encode_columns(self, params: Mapping[str, Any]) -> dict[int, float]:
+        """Codes by column, of those parameters only that have a value in this space."""
+        codes = {}
+        for column, (name, distribution) in enumerate(
+            zip(self.names, self.distributions, strict=True)
+        ):
+            if name not in params:
+                continue
+            try:
+                internal = distribution.to_internal_repr(params[name])
+            except ValueError:
+                continue
+            if distribution._contains(internal):
+                codes[column] = _code(distribution, internal)
+        return codes
+
+    def flat_index(self, codes: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The rank of configurations of a finite space in lexicographic order of their codes."""
+        shape = tuple(int(k) for k in self.n_values)
+        indices = np.ravel_multi_index(tuple(codes.T.astype(np.int64)), shape)
+        return np.asarray(indices, dtype=np.int64)
+
+    def decode(self, codes: NDArray[np.float64]) -> dict[str, Any]:
+        """The parameter values, native Python objects, of one row of codes."""
+        return {
+            name: _value(distribution, float(code))
+            for name, distribution, code in zip(self.names, self.distributions, codes, strict=True)
+        }
+
+    def positions(self, codes: NDArray[np.float64], column: int) -> NDArray[np.float64]:
+        """Where values of a numerical parameter lie in its (log) range, each in [0, 1]."""
+        distribution = self.distributions[column]
+        values = codes[:, column]
+        return values if self.n_values[column] == 0 else _unit(distribution, values)
+
+    def kernel_features(self, codes: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Features whose inner product counts how many parameters of two configurations agree.
+
+        Every parameter has a block of unit norm: one-hot for a categorical one, so that two
+        values agree (1) or do not (0); for a numerical one the Nyström features of a Matérn 5/2
+        kernel, so that agreement falls off smoothly with distance.
+
+        Args:
+            codes: float64 of shape (n_configs, n_params).
+
+        Returns:
+            float32 of shape (n_configs, n_features).
+        """
+        blocks = []
+        for column, knots in enumerate(self._knot_positions):
+            if knots is None:
+                blocks.append(_one_hot(codes[:, column], int(self.n_values[column])))
+            else:
+                blocks.append(_nystroem(self.positions(codes, column), knots))
+        return np.concatenate(blocks, axis=1)
+
+    def tree_features(self, codes: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Columns for trees: one-hot for categorical parameters, positions for numerical ones.
+
+        Args:
+            codes: float64 of shape (n_configs, n_params).
+
+        Returns:
+            float32 of shape (n_configs, n_columns).
+        """
+        blocks = []
+        for column in range(self.n_params):
+            if self.is_categorical(column):
+                blocks.append(_one_hot(codes[:, column], int(self.n_values[column])))
+            else:
+                blocks.append(self.positions(codes, column)[:, None].astype(np.float32))
+        return np.concatenate(blocks, axis=1)
+
+
+def _n_values(distribution: BaseDistribution) -> int:
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    if distribution.single():
+        return 1
+    if isinstance(distribution, IntDistribution):
+        return (distribution.high - distribution.low) // distribution.step + 1
+    if isinstance(distribution, FloatDistribution):
+        if distribution.step is None:
+            return 0
+        return round((distribution.high - distribution.low) / distribution.step) + 1
+    raise TypeError(f"unknown kind of distribution: {distribution!r}")
+
+
+def _code(distribution: BaseDistribution, internal: float) -> float:
+    if isinstance(distribution, CategoricalDistribution):
+        return float(internal)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    if distribution.single():
+        return 0.0
+    if distribution.step is not None:
+        return float(round((internal - distribution.low) / distribution.step))
+    low, high = _bounds(distribution)
+    value = math.log(internal) if distribution.log else internal
+    return (value - low) / (high - low)
+
+
+def _value(distribution: BaseDistribution, code: float) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(code)]
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    if distribution.single():
+        return distribution.low
+    if isinstance(distribution, IntDistribution):
+        return distribution.low + int(code) * distribution.step
+    if distribution.step is not None:
+        return float(min(distribution.low + code * distribution.step, distribution.high))
+    low, high = _bounds(distribution)
+    value = low + code * (high - low)
+    value = math.exp(value) if distribution.log else value
+    return float(min(max(value, distribution.low), distribution.high))
+
+
+def _bounds(distribution: IntDistribution | FloatDistribution) -> tuple[float, float]:
+    if distribution.log:
+        return math.log(distribution.low), math.log(distribution.high)
+    return float(distribution.low), float(distribution.high)
+
+
+def _unit(distribution: BaseDistribution, steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    if distribution.single():
+        return np.zeros(len(steps))
+    assert distribution.step is not None
+    values = distribution.low + steps * distribution.step
+    low, high = _bounds(distribution)
+    return ((np.log(values) if distribution.log else values) - low) / (high - low)
+
+
+def _knot_positions(distribution: BaseDistribution) -> NDArray[np.float64]:
+    n_values = _n_values(distribution)
+    if 0 < n_values <= _MAX_KNOTS:
+        return _unit(distribution, np.arange(n_values, dtype=np.float64))
+    return np.linspace(0.0, 1.0, _MAX_KNOTS)
+
+
+def _matern52(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    distance = math.sqrt(5.0) * np.abs(a[:, None] - b[None, :]) / _LENGTH_SCALE
+    result: NDArray[np.float64] = (1.0 + distance + distance**2 / 3.0) * np.exp(-distance)
+    return result
+
+
+def _nystroem(positions: NDArray[np.float64], knots: NDArray[np.float64]) -> NDArray[np.float32]:
+    covariance = _matern52(knots, knots) + 1e-8 * np.eye(len(knots))
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance))
+    features = _matern52(positions, knots) @ whitening.T
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    return features.astype(np.float32)
+
+
+def _one_hot(codes: NDArray[np.float64], n_values: int) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = np.eye(n_values, dtype=np.float32)[codes.astype(np.int64)]
+    return result

@@ -1,0 +1,185 @@
+"""The trials of a study as arrays: the only place that reads trials and their attributes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_quantune.search.encoding import SpaceEncoding
+
+Array = NDArray[np.float64]
+
+_PLAN_KEY = "quantune:params"
+# Values of system attributes must be shorter than 2046 characters in an RDBStorage.
+_MAX_ATTR_LENGTH = 2045
+
+
+@dataclass(frozen=True)
+class History:
+    """What the trials of a study say about one search space. Rows are trials by number.
+
+    Attributes:
+        codes: Trials with values, float64 of shape (n_trials, n_params).
+        values: Their objectives, all to be minimised, infinities allowed, float64 of shape
+            (n_trials, n_objectives).
+        constraints: Constraint values by name (feasible when at most 0), NaN where a trial set
+            none, each float64 of shape (n_trials,).
+        failed: Codes of failed trials, float64 of shape (n_failed, n_params).
+        pending: Codes of running and enqueued trials, float64 of shape (n_pending, n_params).
+        seen: Codes that determine a whole configuration that is measured, failed or pending,
+            float64 of shape (n_seen, n_params). A trial with parameters beyond the space, as in
+            a conditional one, is not among them: it is one of many with the same codes.
+        finished: Numbers of the trials that had finished.
+    """
+
+    codes: Array
+    values: Array
+    constraints: Mapping[str, Array]
+    failed: Array
+    pending: Array
+    seen: Array
+    finished: frozenset[int]
+
+    @property
+    def feasible(self) -> NDArray[np.bool_]:
+        """Which trials violate no constraint; bool of shape (n_trials,)."""
+        result = np.ones(len(self.codes), dtype=bool)
+        for values in self.constraints.values():
+            result &= ~(values > 0.0)
+        return result
+
+
+def read_history(study: Study, encoding: SpaceEncoding, current: int | None) -> History:
+    """Reads all trials of the study except the one with the number ``current``.
+
+    Trials that lack a parameter of the space, or have a value outside it, are left out. A pruned
+    trial counts as its last intermediate value, but as no better than the median of the complete
+    ones: that it was stopped says so much.
+    """
+    # As in GridSampler: pruners such as HyperbandPruner hide trials from study.get_trials, and a
+    # cached list would miss what other processes are running.
+    trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+    sign = np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions])
+    informative: list[tuple[FrozenTrial, Array]] = []
+    failed, pending, seen = [], [], []
+    for trial in trials:
+        if trial.number == current:
+            continue
+        codes = encoding.encode(configuration_of(trial))
+        if codes is None:
+            continue
+        if _is_whole(trial, encoding):
+            seen.append(codes)
+        if trial.state == TrialState.FAIL:
+            failed.append(codes)
+        elif not trial.state.is_finished():
+            pending.append(codes)
+        elif trial.state == TrialState.COMPLETE or trial.intermediate_values:
+            informative.append((trial, codes))
+    complete = [t.values for t, _ in informative if t.state == TrialState.COMPLETE]
+    middle = np.median(sign * np.array(complete, dtype=float), axis=0) if complete else -np.inf
+    values = [
+        sign * np.array(trial.values, dtype=float)
+        if trial.state == TrialState.COMPLETE
+        else _pruned_values(trial, sign, middle)
+        for trial, _ in informative
+    ]
+    names = sorted({name for trial, _ in informative for name in trial.constraints})
+    return History(
+        codes=_rows([codes for _, codes in informative], encoding.n_params),
+        values=_rows(values, len(sign)),
+        constraints={
+            name: np.array([t.constraints.get(name, np.nan) for t, _ in informative])
+            for name in names
+        },
+        failed=_rows(failed, encoding.n_params),
+        pending=_rows(pending, encoding.n_params),
+        seen=_rows(seen, encoding.n_params),
+        finished=frozenset(trial.number for trial in trials if trial.state.is_finished()),
+    )
+
+
+def is_taken(
+    study: Study, encoding: SpaceEncoding, codes: Array, current: int, known: frozenset[int]
+) -> bool:
+    """Whether a trial that was not yet known has published or measured a configuration.
+
+    Every trial first publishes its plan and then asks this, so of two that choose alike the one
+    that published later sees the other. Both may see each other.
+
+    Args:
+        study: The study.
+        encoding: The space.
+        codes: The configuration, float64 of shape (n_params,).
+        current: The number of the trial that asks.
+        known: Numbers of the trials that need not be looked at again.
+    """
+    return any(
+        np.array_equal(other, codes)
+        for trial in study._storage.get_all_trials(study._study_id, deepcopy=False)
+        if trial.number != current and trial.number not in known and _is_whole(trial, encoding)
+        if (other := encoding.encode(configuration_of(trial))) is not None
+    )
+
+
+def publish_plan(study: Study, trial: FrozenTrial, params: Mapping[str, Any]) -> None:
+    """Tells other threads and processes what a running trial is going to measure."""
+    text = json.dumps(dict(params))
+    # A shorter plan must overwrite a longer one entirely; JSON ends may be padded.
+    text = text.ljust(len("".join(_plan_chunks(study._storage.get_trial(trial._trial_id)))))
+    for start in range(0, len(text), _MAX_ATTR_LENGTH):
+        study._storage.set_trial_system_attr(
+            trial._trial_id,
+            f"{_PLAN_KEY}:{start // _MAX_ATTR_LENGTH}",
+            text[start : start + _MAX_ATTR_LENGTH],
+        )
+
+
+def configuration_of(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters of a trial, those included that it has not asked for yet."""
+    enqueued = trial.system_attrs.get("fixed_params", {})
+    return {**_planned_params(trial), **enqueued, **trial.params}
+
+
+def _plan_chunks(trial: FrozenTrial) -> list[str]:
+    chunks: list[str] = []
+    while (chunk := trial.system_attrs.get(f"{_PLAN_KEY}:{len(chunks)}")) is not None:
+        chunks.append(chunk)
+    return chunks
+
+
+def _planned_params(trial: FrozenTrial) -> dict[str, Any]:
+    try:
+        params: dict[str, Any] = json.loads("".join(_plan_chunks(trial)) or "{}")
+    except json.JSONDecodeError:
+        # Another process is just writing it.
+        return {}
+    return params
+
+
+def _is_whole(trial: FrozenTrial, encoding: SpaceEncoding) -> bool:
+    return all(
+        name in encoding.names or trial.distributions[name].single() for name in trial.params
+    )
+
+
+def _pruned_values(trial: FrozenTrial, sign: Array, middle: Array | float) -> Array:
+    last = sign * trial.intermediate_values[max(trial.intermediate_values)]
+    return np.where(np.isnan(last), np.inf, np.maximum(last, middle))
+
+
+def _rows(rows: list[Array], n_columns: int) -> Array:
+    return np.array(rows, dtype=np.float64).reshape(len(rows), n_columns)

@@ -1,0 +1,306 @@
+"""QuantuneSampler: the adapter between Optuna's trials and the surrogate.
+
+The study is the only state. Every proposal is computed from its trials, so that any thread,
+process or machine that joins the study goes on where the others are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.samplers import PartialFixedSampler
+from optuna.samplers import RandomSampler
+from optuna.samplers._base import _INDEPENDENT_SAMPLING_WARNING_TEMPLATE
+from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.search_space import intersection_search_space
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.search.configurations import Configurations
+from optuna_quantune.search.history import History
+from optuna_quantune.search.history import is_taken
+from optuna_quantune.search.history import publish_plan
+from optuna_quantune.search.history import read_history
+from optuna_quantune.search.proposal import Proposer
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+_logger = optuna.logging.get_logger(__name__)
+
+# Longest wait before a second try when two processes have claimed one configuration.
+_MAX_BACKOFF_SECONDS = 0.02
+# Spaces (full ones and those that PartialFixedSampler leaves) whose configurations are kept.
+_MAX_CACHED_SPACES = 4
+
+
+class SearchSpaceExhausted(optuna.TrialPruned):
+    """Every configuration of the search space has been proposed.
+
+    A trial that asks for one more is pruned by it before anything is measured, and the study ends.
+    Only a study that is resumed, or that other processes have just finished, comes that far; with
+    the ask-and-tell interface, ``Study.ask`` raises it.
+    """
+
+
+class QuantuneSampler(BaseSampler):
+    """Sampler for small and medium discrete search spaces that never measures anything twice.
+
+    A Gaussian process whose kernel is partly made by gradient-boosted trees (XGBoost) is fitted to
+    the trials; the configuration with the greatest expected improvement, of all of a space of up
+    to 100,000 configurations, of a pool improved by local search otherwise, comes next. It is
+    made for objectives of which each evaluation takes seconds to minutes, such as quantizing a
+    model and measuring it, and it needs few of them. What is known of a configuration before it is
+    measured can be told by ``features``.
+
+    It works with any search space (categorical, int, float, log, step), with several objectives
+    (a random augmented Tchebycheff scalarisation for each trial), constraints
+    (:meth:`optuna.trial.Trial.set_constraint`), pruned, failed, enqueued and concurrently running
+    trials. Failed trials are not proposed again, and regions that fail are avoided.
+
+    Example:
+
+        .. code-block:: python
+
+            import optuna
+            from optuna.distributions import CategoricalDistribution
+            from optuna_quantune import QuantuneSampler
+
+            space = {
+                "clipping": CategoricalDistribution(["max", "kl"]),
+                "granularity": CategoricalDistribution(["tensor", "channel"]),
+            }
+
+
+            def objective(trial: optuna.Trial) -> float:
+                clipping = trial.suggest_categorical("clipping", ["max", "kl"])
+                granularity = trial.suggest_categorical("granularity", ["tensor", "channel"])
+                return 0.1 * (clipping == "max") + 0.3 * (granularity == "tensor")
+
+
+            study = optuna.create_study(sampler=QuantuneSampler(space, seed=0))
+            study.optimize(objective)  # Ends after the four configurations.
+
+    Note:
+        Following `Quantune <https://arxiv.org/abs/2202.05048>`__ (Lee et al., 2022), which
+        chooses quantization configurations with XGBoost.
+
+    Args:
+        search_space: Optuna distributions by parameter name. With it, the first trials are chosen
+            too, and a study whose configurations have all been proposed is stopped. Without it,
+            the parameters that all complete trials share are modelled, as other samplers do, and
+            the study is never stopped, as the next trial may show further parameters.
+        features: Named numbers of a configuration, called with its parameters, once for each
+            configuration that is considered; always the same names, NaN where unknown. The name
+            ``prior`` (:data:`PRIOR_FEATURE`) is an estimate of the objective's first value, on its
+            scale or rising and falling with it; the first trial is the one with the best prior.
+        valid: Whether a configuration can be run, called with its parameters. Others are never
+            proposed.
+        n_startup_trials: How many trials are spread over the space before the surrogate is asked.
+            Not used with a prior.
+        seed: Seed of the random numbers.
+        allow_duplicates: Whether a configuration can be proposed again, for objectives with noise
+            that is to be averaged out.
+        independent_sampler: Sampler of parameters outside the modelled space. Defaults to a
+            :class:`~optuna.samplers.RandomSampler` with the same seed.
+        warn_independent_sampling: Whether to warn when that sampler is used.
+
+    Raises:
+        InputError: If a value of ``search_space`` is not a distribution.
+    """
+
+    def __init__(
+        self,
+        search_space: Mapping[str, BaseDistribution] | None = None,
+        *,
+        features: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None,
+        valid: Callable[[Mapping[str, Any]], bool] | None = None,
+        n_startup_trials: int = 4,
+        seed: int | None = None,
+        allow_duplicates: bool = False,
+        independent_sampler: BaseSampler | None = None,
+        warn_independent_sampling: bool = True,
+    ) -> None:
+        for name, distribution in (search_space or {}).items():
+            if not isinstance(distribution, BaseDistribution):
+                raise InputError(
+                    f"search_space[{name!r}]: {distribution!r} is not an Optuna distribution; "
+                    "use one of optuna.distributions"
+                )
+        self._search_space = None if search_space is None else dict(search_space)
+        self._features = features
+        self._valid = valid
+        self._n_startup_trials = n_startup_trials
+        self._rng = LazyRandomState(seed)
+        self._allow_duplicates = allow_duplicates
+        self._independent_sampler = independent_sampler or RandomSampler(seed=seed)
+        self._warn_independent_sampling = warn_independent_sampling
+        self._configurations: dict[object, Configurations] = {}
+
+    def reseed_rng(self) -> None:
+        """Gives a copy of the sampler in another thread or process random numbers of its own."""
+        self._rng.rng.seed()
+        self._independent_sampler.reseed_rng()
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The search space of the constructor, or what all complete trials share."""
+        if self._search_space is not None:
+            return dict(self._search_space)
+        return intersection_search_space(study.get_trials(deepcopy=False))
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Proposes the parameters of one trial.
+
+        Raises:
+            SearchSpaceExhausted: If every configuration of the search space has been proposed.
+        """
+        if not search_space:
+            return {}
+        fixed = _fixed_params(study, trial)
+        configurations = self._configurations_of(search_space, fixed)
+        while True:
+            history = read_history(study, configurations.encoding, trial.number)
+            avoid_seen = not self._allow_duplicates
+            codes = self._proposer(study, configurations, history, fixed, avoid_seen).choose()
+            if codes is None and self._search_space is None:
+                # An inferred space may be only a part of what the trials differ in.
+                avoid_seen = False
+                codes = self._proposer(study, configurations, history, fixed, avoid_seen).choose()
+            if codes is None:
+                if "fixed_params" not in trial.system_attrs:
+                    _stop(study)
+                raise SearchSpaceExhausted(
+                    "every configuration that this trial could take has been proposed before; "
+                    "QuantuneSampler(allow_duplicates=True) proposes them again"
+                )
+            params = configurations.encoding.decode(codes)
+            publish_plan(study, trial, params)
+            if not avoid_seen or not is_taken(
+                study, configurations.encoding, codes, trial.number, history.finished
+            ):
+                return {name: params[name] for name in search_space}
+            # Whoever shares a plan withdraws it, lest both keep it, and tries again.
+            publish_plan(study, trial, {})
+            time.sleep(self._rng.rng.uniform(0.0, _MAX_BACKOFF_SECONDS))
+
+    def _proposer(
+        self,
+        study: Study,
+        configurations: Configurations,
+        history: History,
+        fixed: Mapping[str, Any],
+        avoid_seen: bool,
+    ) -> Proposer:
+        signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions]
+        return Proposer(
+            configurations,
+            history,
+            fixed=configurations.encoding.encode_columns(fixed),
+            signs=np.array(signs),
+            n_startup_trials=self._n_startup_trials,
+            avoid_seen=avoid_seen,
+            rng=self._rng.rng,
+        )
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Samples a parameter that the modelled space lacks, by the independent sampler."""
+        if self._warn_independent_sampling:
+            complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            # A parameter that no trial has shown yet could not have been modelled.
+            if any(param_name in other.params for other in complete):
+                _logger.warning(
+                    _INDEPENDENT_SAMPLING_WARNING_TEMPLATE.format(
+                        param_name=param_name,
+                        trial_number=trial.number,
+                        independent_sampler_name=self._independent_sampler.__class__.__name__,
+                        sampler_name=self.__class__.__name__,
+                        fallback_reason="not all trials have it, or its range has changed",
+                    )
+                )
+        return self._independent_sampler.sample_independent(
+            study, trial, param_name, param_distribution
+        )
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Lets the independent sampler prepare."""
+        self._independent_sampler.before_trial(study, trial)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Stops the study when every configuration has been proposed."""
+        self._independent_sampler.after_trial(study, trial, state, values)
+        if self.is_exhausted(study):
+            _stop(study)
+
+    def is_exhausted(self, study: Study) -> bool:
+        """Whether every configuration of ``search_space`` has been measured or is running."""
+        if not self._search_space or self._allow_duplicates:
+            return False
+        configurations = self._configurations_of(self._search_space, {})
+        if not configurations.is_enumerable:
+            return False
+        n_trials = study._storage.get_n_trials(study._study_id)
+        if n_trials < len(configurations.all):
+            return False
+        history = read_history(study, configurations.encoding, None)
+        return not np.any(configurations.unseen(configurations.all.codes, history.seen))
+
+    def _configurations_of(
+        self, search_space: dict[str, BaseDistribution], fixed: Mapping[str, Any]
+    ) -> Configurations:
+        if self._search_space is not None and search_space.keys() <= self._search_space.keys():
+            # PartialFixedSampler takes parameters out; their values are in ``fixed``.
+            search_space = self._search_space
+        constants = {name: value for name, value in fixed.items() if name not in search_space}
+        key = (repr(sorted(search_space.items())), repr(sorted(constants.items())))
+        if key not in self._configurations:
+            if len(self._configurations) >= _MAX_CACHED_SPACES:
+                self._configurations.clear()
+            self._configurations[key] = Configurations(
+                search_space, self._features, self._valid, constants
+            )
+        return self._configurations[key]
+
+
+def _fixed_params(study: Study, trial: FrozenTrial) -> dict[str, Any]:
+    """Values that are set from outside: by ``enqueue_trial`` or a ``PartialFixedSampler``."""
+    fixed: dict[str, Any] = {}
+    sampler = study.sampler
+    while isinstance(sampler, PartialFixedSampler):
+        fixed = {**sampler._fixed_params, **fixed}
+        sampler = sampler._base_sampler
+    return {**fixed, **trial.system_attrs.get("fixed_params", {})}
+
+
+def _stop(study: Study) -> None:
+    # With ask and tell there is no loop to end; ``is_exhausted`` tells.
+    with contextlib.suppress(RuntimeError):
+        study.stop()

@@ -1,0 +1,224 @@
+"""The command line as a person meets it: exit codes, one line for a mistake, the files written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+from PIL import Image
+
+from optuna_quantune.cli import main
+from optuna_quantune.quantization.quantizer import CONFIG_KEY
+
+
+RECIPE = {
+    "mean": [127.5, 127.5, 127.5],
+    "std": [50.0, 50.0, 50.0],
+    "scale": 1.0,
+    "channel_order": "RGB",
+    "crop": 16,
+}
+
+
+def normalized(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return ((images.astype(np.float32) - 127.5) / 50.0).transpose(0, 3, 1, 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, toy_model: Path) -> Path:
+    """A folder with model.onnx, images/ with labels.csv, recipe.json; also the current folder."""
+    (tmp_path / "model.onnx").write_bytes(toy_model.read_bytes())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
+    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(str(toy_model))
+    labels = session.run(None, {"input": normalized(images)})[0].argmax(axis=1)
+    lines = ["file,label_index"]
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        Image.fromarray(image).save(tmp_path / "images" / f"{index:02}.png")
+        lines.append(f"{index:02}.png,{label}")
+    (tmp_path / "images" / "labels.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def call(folder: Path, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.chdir(folder)
+    try:
+        main([*arguments, "--cache", "cache"])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+TUNE = (
+    *("tune", "model.onnx", "--calibration", "images", "--evaluation", "images"),
+    *("--preprocessing", "recipe.json", "--n-trials", "3"),
+)
+
+
+def test_tune_writes_the_model_whose_accuracy_it_prints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, *TUNE, "--output", "out.onnx", monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    session = onnxruntime.InferenceSession(str(folder / "out.onnx"))
+    files = sorted((folder / "images").glob("*.png"))
+    images = np.stack([np.asarray(Image.open(file)) for file in files])
+    predictions = session.run(None, {"input": normalized(images)})[0].argmax(axis=1)
+    labels = [
+        int(line.split(",")[1]) for line in (folder / "images/labels.csv").read_text().split()[1:]
+    ]
+    row = next(line for line in printed.splitlines() if "top-1" in line)
+    float_top1, int8_top1 = (float(number) for number in re.findall(r"\d\.\d{4}", row)[:2])
+    assert float_top1 == 1.0
+    assert int8_top1 == pytest.approx(np.mean(predictions == labels), abs=5e-5)
+    assert "Wrote out.onnx" in printed
+
+
+def test_quantize_builds_the_configuration_that_it_is_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = '{"scheme": "symmetric_power2", "clipping": "kl", "calibration_images": 5}'
+    arguments = ("quantize", "model.onnx", "--config", config, "--calibration", "images")
+    code = call(folder, *arguments, "--preprocessing", "recipe.json", monkeypatch=monkeypatch)
+    assert code == 0
+    model = onnx.load(folder / "model.int8.onnx")
+    written = json.loads({e.key: e.value for e in model.metadata_props}[CONFIG_KEY])
+    assert (written["scheme"], written["calibration_images"]) == ("symmetric_power2", 5)
+
+
+def test_inspect_shows_layers_and_with_images_the_predicted_noise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, "inspect", "model.onnx", monkeypatch=monkeypatch) == 0
+    layers = capsys.readouterr().out
+    assert all(name in layers for name in ("stem", "depthwise", "project", "head"))
+    assert "predicted" not in layers
+    images = ("--calibration", "images", "--preprocessing", "recipe.json")
+    assert call(folder, "inspect", "model.onnx", *images, monkeypatch=monkeypatch) == 0
+    assert "predicted SQNR dB" in capsys.readouterr().out
+
+
+def quantized(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ("quantize", "model.onnx", "--config", "{}", "--calibration", "images")
+        call(folder, *arguments, "--preprocessing", "recipe.json", monkeypatch=patch)
+    (folder / "model.int8.onnx").rename(folder / "model.onnx")
+
+
+def without_layers(folder: Path) -> None:
+    value = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 16, 16])
+    other = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 3, 16, 16])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value], [other])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+
+
+def recipe(**changes: object):  # type: ignore[no-untyped-def]
+    def change(folder: Path) -> None:
+        (folder / "recipe.json").write_text(json.dumps({**RECIPE, **changes}))
+
+    return change
+
+
+def labels_file(text: str):  # type: ignore[no-untyped-def]
+    return lambda folder: (folder / "images/labels.csv").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (lambda f: (f / "model.onnx").unlink(), (), "model.onnx: no such file"),
+        (lambda f: (f / "model.onnx").write_bytes(b"text"), (), "model.onnx: not a valid ONNX"),
+        (
+            lambda f: (f / "model.onnx").write_bytes((f / "model.onnx").read_bytes()[:2000]),
+            (),
+            "model.onnx: not a valid ONNX",
+        ),
+        (quantized, (), "already quantized"),
+        (without_layers, (), "no quantizable layer"),
+        (lambda f: (f / "images/07.png").write_bytes(b"not a png"), (), "07.png"),
+        (labels_file("file,label_index\nmissing.png,1\n"), (), "missing.png"),
+        (labels_file("name,label\n00.png,1\n"), (), "labels.csv"),
+        (labels_file("file,label_index\n00.png,77\n"), (), "77"),
+        (recipe(crop=8), (), "input"),
+        (recipe(gamma=2.2), (), "gamma"),
+        (lambda f: (f / "recipe.json").write_text("{"), (), "recipe.json"),
+        (None, ("--calibration", "nowhere"), "nowhere"),
+        (None, ("--space", "quantum"), "'quantum'"),
+        (None, ("--sampler", "NoSampler"), "'NoSampler'"),
+        (None, ("--target", "abacus"), "'abacus'"),
+        (None, ("--metric", "f1"), "--metric"),
+        (None, ("--n-trials", "0"), "--n-trials"),
+        (None, ("--output", "no/such/folder/x.onnx"), "no/such/folder/x.onnx"),
+        (None, ("--output", "images"), "images: is a folder"),
+        (None, ("--storage", "no/such/folder/x.log"), "no/such/folder/x.log"),
+        (None, ("--no-such-option",), "--no-such-option"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(  # type: ignore[no-untyped-def]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    if damage is not None:
+        damage(folder)
+        capsys.readouterr()
+    assert call(folder, *TUNE, *arguments, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("optuna-quantune: ")
+    assert len(error.strip().splitlines()) == 1
+    assert not list(folder.glob("*.int8.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"clippng": "kl"}', "unknown knob 'clippng'"),
+        ('{"clipping": "kll"}', "knob 'clipping': 'kll'"),
+        ("{", "--config"),
+        ("[1]", "--config"),
+        ("nowhere.json", "nowhere.json"),
+    ],
+)
+def test_mistakes_in_a_configuration_are_named(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    config: str,
+    message: str,
+) -> None:
+    arguments = ("quantize", "model.onnx", "--config", config, "--calibration", "images")
+    assert call(folder, *arguments, monkeypatch=monkeypatch) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_installed_command_has_no_traceback_for_a_missing_model(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "optuna_quantune.cli", "inspect", "nowhere.onnx"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2
+    assert done.stderr == "optuna-quantune: model nowhere.onnx: no such file\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["demo", "tune", "quantize", "inspect"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"Usage: optuna-quantune {command}")
+    for line in re.findall(r"^  (--[a-z-]+).*\n?(?:      .*)?", text, flags=re.M):
+        assert line

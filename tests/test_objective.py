@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import optuna
+import pytest
+from numpy.typing import NDArray
+from optuna.trial import TrialState
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.objective import DROP_CONSTRAINT
+from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.space import SearchSpace
+
+
+def outputs_of(model: Path | bytes, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    source = model if isinstance(model, bytes) else str(model)
+    outputs: NDArray[np.float32] = onnxruntime.InferenceSession(source).run(
+        None, {"input": inputs}
+    )[0]
+    return outputs
+
+
+@pytest.fixture
+def labels(toy_model: Path, toy_inputs: NDArray[np.float32]) -> NDArray[np.int64]:
+    """What the float model says, wrong for every tenth input."""
+    labels = outputs_of(toy_model, toy_inputs).argmax(axis=1)
+    labels[::10] = (labels[::10] + 1) % 10
+    return labels
+
+
+@pytest.fixture
+def objective(
+    toy_model: Path, toy_inputs: NDArray[np.float32], labels: NDArray[np.int64]
+) -> QuantizationObjective:
+    return QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs[:40]),
+        evaluation=ArrayInputs(toy_inputs, labels=labels),
+        cache=None,
+    )
+
+
+def enqueued(objective: QuantizationObjective, **params: object) -> optuna.trial.FrozenTrial:
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({**next(objective.space.grid()), **params})
+    study.optimize(objective, n_trials=1)
+    return study.trials[0]
+
+
+def test_the_value_is_what_the_exported_file_measures(
+    objective: QuantizationObjective,
+    toy_model: Path,
+    toy_inputs: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    tmp_path: Path,
+) -> None:
+    trial = enqueued(objective, granularity="tensor", scheme="symmetric_power2")
+    path = objective.export(trial, tmp_path / "int8.onnx")
+    outputs, reference = outputs_of(path, toy_inputs), outputs_of(toy_model, toy_inputs)
+    assert trial.value == np.mean(outputs.argmax(axis=1) == labels)
+    attributes = trial.user_attrs
+    assert attributes["agreement"] == np.mean(outputs.argmax(axis=1) == reference.argmax(axis=1))
+    noise = np.sum(np.square(outputs - reference)) / np.sum(np.square(reference))
+    assert attributes["sqnr_db"] == pytest.approx(-10 * np.log10(noise), abs=0.1)
+    assert attributes["size_bytes"] == path.stat().st_size
+    assert attributes["latency_ratio"] > 0
+
+
+def test_without_labels_the_agreement_is_the_value(
+    toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs),
+        evaluation=ArrayInputs(toy_inputs),
+        cache=None,
+    )
+    trial = enqueued(objective)
+    assert objective.metric == "agreement"
+    assert trial.value == trial.user_attrs["agreement"]
+    assert trial.user_attrs["top1"] is None
+
+
+def test_a_configuration_that_builds_the_same_model_takes_the_earlier_result(
+    toy_model: Path, toy_inputs: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs[:20]),  # so that 32 images are all images
+        evaluation=ArrayInputs(toy_inputs),
+        space=SearchSpace({"calibration_images": [32, "all"]}),
+        cache=None,
+    )
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({"calibration_images": 32})
+    study.optimize(objective, n_trials=1)
+    monkeypatch.setattr(objective, "outputs", None)  # nothing may be run again
+    study.enqueue_trial({"calibration_images": "all"})
+    study.optimize(objective, n_trials=1)
+    first, second = study.trials
+    assert second.state == TrialState.COMPLETE
+    assert second.value == first.value
+    assert second.user_attrs["duplicate_of"] == 0
+    assert second.user_attrs["config"]["calibration_images"] == "all"
+
+
+def test_features_are_finite_numbers_and_the_prior_lies_in_the_unit_of_the_value(
+    objective: QuantizationObjective,
+) -> None:
+    for params in objective.space.grid():
+        features = objective.features(params)
+        assert all(np.isfinite(value) for value in features.values())
+        assert 0.0 <= features["prior"] <= objective.value(objective.float_evaluation)
+
+
+def test_a_pruner_sees_intermediate_values_and_can_stop_a_trial(
+    objective: QuantizationObjective,
+) -> None:
+    study = optuna.create_study(
+        direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=2.0)
+    )
+    study.optimize(objective, n_trials=1)
+    assert study.trials[0].state == TrialState.PRUNED
+    whole = optuna.create_study(direction="maximize")
+    whole.optimize(objective, n_trials=1)
+    trial = whole.trials[0]
+    assert trial.intermediate_values[80] == trial.value
+    assert 5 <= len(trial.intermediate_values) <= 10
+
+
+def test_a_bound_on_the_drop_is_a_constraint_of_the_trial(
+    toy_model: Path, toy_inputs: NDArray[np.float32], labels: NDArray[np.int64]
+) -> None:
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs),
+        evaluation=ArrayInputs(toy_inputs, labels=labels),
+        max_accuracy_drop=0.05,
+        cache=None,
+    )
+    trial = enqueued(objective)
+    assert trial.value is not None
+    drop = objective.value(objective.float_evaluation) - trial.value
+    assert trial.constraints[DROP_CONSTRAINT] == pytest.approx(drop - 0.05)
+
+
+def test_a_study_of_another_task_is_refused(
+    objective: QuantizationObjective, toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.optimize(objective, n_trials=1)
+    other = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs[:30]),
+        evaluation=ArrayInputs(toy_inputs),
+        cache=None,
+    )
+    with pytest.raises(InputError, match="belongs to another model, other inputs"):
+        study.optimize(other, n_trials=1)
+
+
+def test_a_configuration_that_cannot_be_run_fails_its_trial_and_says_why(
+    objective: QuantizationObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective.prepare()
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("kernel not implemented")
+
+    monkeypatch.setattr(objective, "quantize", broken)
+    study = optuna.create_study(direction="maximize")
+    study.optimize(objective, n_trials=1, catch=(RuntimeError,))
+    assert study.trials[0].state == TrialState.FAIL
+    assert "kernel not implemented" in study.trials[0].user_attrs["error"]
+
+
+def test_a_float_model_near_chance_is_reported(
+    toy_model: Path,
+    toy_inputs: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs),
+        evaluation=ArrayInputs(toy_inputs, labels=(labels + 3) % 10),
+        cache=None,
+    )
+    assert objective.float_evaluation.measurement.top1 == pytest.approx(0.0, abs=0.15)
+    assert "preprocessing" in caplog.text
+
+
+def test_labels_beyond_the_classes_are_named(
+    toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    labels = np.full(len(toy_inputs), 10)
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs),
+        evaluation=ArrayInputs(toy_inputs, labels=labels),
+        cache=None,
+    )
+    with pytest.raises(InputError, match="10"):
+        objective.prepare()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metric": "top1"}, "metric 'top1': the evaluation inputs have no labels"),
+        ({"metric": "f1"}, "metric 'f1': use one of top1, top5, agreement, sqnr_db"),
+        ({"target": "abacus"}, "target 'abacus': unknown; use one of cpu"),
+        ({"max_accuracy_drop": -0.1}, "max_accuracy_drop: -0.1 must not be negative"),
+    ],
+)
+def test_mistakes_in_arguments_are_named(
+    toy_model: Path, toy_inputs: NDArray[np.float32], arguments: dict[str, object], message: str
+) -> None:
+    inputs = ArrayInputs(toy_inputs)
+    with pytest.raises(InputError, match=message):
+        QuantizationObjective(toy_model, calibration=inputs, evaluation=inputs, **arguments)  # type: ignore[arg-type]
+
+
+def test_inputs_of_another_shape_are_refused(
+    toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    good, bad = ArrayInputs(toy_inputs), ArrayInputs(toy_inputs[:, :, :8])
+    with pytest.raises(InputError, match="input"):
+        QuantizationObjective(toy_model, calibration=bad, evaluation=good)
+    with pytest.raises(InputError, match="input"):
+        QuantizationObjective(toy_model, calibration=good, evaluation=bad)
+
+
+def test_the_target_decides_how_activations_are_stored(
+    objective: QuantizationObjective, toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    signed = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs),
+        evaluation=ArrayInputs(toy_inputs),
+        target=dataclasses.replace(objective.target, activation_storage="int8"),
+        cache=None,
+    )
+    config = objective.space.config(next(objective.space.grid()))
+    types = {i.data_type for i in signed.quantize(config).proto.graph.initializer}
+    assert 2 not in types  # TensorProto.UINT8

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import optuna
+import pytest
+from numpy.typing import NDArray
+from optuna.trial import TrialState
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.space import SearchSpace
+from optuna_quantune.tuning import select
+from optuna_quantune.tuning import tune
+from optuna_quantune.tuning import TuningResult
+
+
+@pytest.fixture
+def labels(toy_model: Path, toy_inputs: NDArray[np.float32]) -> NDArray[np.int64]:
+    session = onnxruntime.InferenceSession(str(toy_model))
+    labels: NDArray[np.int64] = session.run(None, {"input": toy_inputs})[0].argmax(axis=1)
+    labels[::10] = (labels[::10] + 1) % 10
+    return labels
+
+
+@pytest.fixture
+def run(toy_model: Path, toy_inputs: NDArray[np.float32], labels: NDArray[np.int64]):  # type: ignore[no-untyped-def]
+    def run(**arguments: object) -> TuningResult:
+        options: dict[str, object] = {
+            "calibration": ArrayInputs(toy_inputs[:40]),
+            "evaluation": ArrayInputs(toy_inputs, labels=labels),
+            "n_trials": 4,
+            "cache": None,
+        }
+        return tune(toy_model, **{**options, **arguments})  # type: ignore[arg-type]
+
+    return run
+
+
+def test_the_written_model_measures_what_the_result_says(  # type: ignore[no-untyped-def]
+    run, toy_inputs: NDArray[np.float32], labels: NDArray[np.int64], tmp_path: Path
+) -> None:
+    result = run(output=tmp_path / "int8.onnx")
+    session = onnxruntime.InferenceSession(str(result.path))
+    outputs = session.run(None, {"input": toy_inputs})[0]
+    assert result.all_inputs.quantized.top1 == np.mean(outputs.argmax(axis=1) == labels)
+    assert result.quantized_bytes == result.path.stat().st_size
+    assert result.held_out is None  # 80 inputs are too few to split
+    assert len(result.study.trials) == 4
+
+
+def test_held_out_inputs_take_no_part_in_the_search(  # type: ignore[no-untyped-def]
+    run, toy_inputs: NDArray[np.float32], labels: NDArray[np.int64], tmp_path: Path
+) -> None:
+    many, truth = np.concatenate([toy_inputs] * 5), np.concatenate([labels] * 5)
+    many = many * np.linspace(0.5, 1.5, len(many), dtype=np.float32)[:, None, None, None]
+    result = run(
+        evaluation=ArrayInputs(many, labels=truth), n_trials=2, output=tmp_path / "int8.onnx"
+    )
+    assert result.held_out is not None
+    assert result.held_out.inputs == 200
+    assert result.all_inputs.inputs == 400
+    # Accuracy over all inputs is the mean of the two halves, each measured apart.
+    selected = result.trial.user_attrs["top1"]
+    assert result.trial.user_attrs["n"] == 200
+    both = (selected + result.held_out.quantized.top1) / 2
+    assert result.all_inputs.quantized.top1 == pytest.approx(both)
+    interval = result.held_out.difference
+    assert interval is not None
+    assert interval.low <= interval.estimate <= interval.high
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "{}/journal.log"])
+def test_the_same_call_again_goes_on_where_it_stopped(run, tmp_path: Path, storage: str) -> None:  # type: ignore[no-untyped-def]
+    place = {"storage": storage.format(tmp_path), "study_name": "toy"}
+    values = [trial.value for trial in run(n_trials=3, **place).study.trials]
+    again = run(n_trials=5, **place)
+    assert [t.number for t in again.study.trials] == [0, 1, 2, 3, 4]
+    assert [trial.value for trial in again.study.trials[:3]] == values
+    finished = run(n_trials=5, **place)
+    assert len(finished.study.trials) == 5
+
+
+def test_an_interrupted_search_writes_the_best_so_far_and_owes_the_trial(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"storage": f"sqlite:///{tmp_path}/study.db", "study_name": "toy"}
+    calls = []
+
+    def interrupt(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        calls.append(trial.number)
+        if len(calls) == 2:
+            monkeypatch.setattr(QuantizationObjective, "latency", pressing_ctrl_c)
+
+    def pressing_ctrl_c(self: object, model: bytes) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    result = run(n_trials=6, callbacks=[interrupt], output=tmp_path / "int8.onnx", **place)
+    assert result.interrupted
+    assert result.path.is_file()
+    states = [trial.state for trial in result.study.trials]
+    assert states == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
+    owed = result.study.trials[2].params
+    resumed = run(n_trials=6, **place)
+    assert not resumed.interrupted
+    assert resumed.study.trials[3].params == owed
+    assert resumed.study.trials[3].state == TrialState.COMPLETE
+
+
+def test_under_a_bound_the_fastest_trial_within_it_is_chosen() -> None:
+    study = optuna.create_study(direction="maximize")
+    for value, drop, latency in [(0.9, -0.01, 0.8), (0.89, -0.001, 0.5), (0.7, 0.19, 0.3)]:
+        trial = study.ask()
+        trial.set_constraint("accuracy_drop", drop)
+        trial.set_user_attr("latency_ratio", latency)
+        study.tell(trial, value)
+    trial, met = select(study)
+    assert (trial.value, met) == (0.89, True)
+
+
+def test_when_no_trial_is_within_the_bound_the_most_accurate_is_chosen_and_it_says_so() -> None:
+    study = optuna.create_study(direction="maximize")
+    for value, latency in [(0.5, 0.4), (0.6, 0.9), (0.6, 0.8)]:
+        trial = study.ask()
+        trial.set_constraint("accuracy_drop", 0.1)
+        trial.set_user_attr("latency_ratio", latency)
+        study.tell(trial, value)
+    trial, met = select(study)
+    assert (trial.number, met) == (2, False)
+
+
+def test_a_study_without_a_completed_trial_is_an_error_that_says_why() -> None:
+    study = optuna.create_study(direction="maximize", study_name="sad")
+    trial = study.ask()
+    trial.set_user_attr("error", "kernel not implemented")
+    study.tell(trial, state=TrialState.FAIL)
+    with pytest.raises(InputError, match="'sad': no trial was completed.*kernel not implemented"):
+        select(study)
+
+
+@pytest.mark.parametrize(
+    "name", ["RandomSampler", "TPESampler", "GridSampler", "BruteForceSampler", "GPSampler"]
+)
+def test_optuna_samplers_are_found_by_name(run, name: str) -> None:  # type: ignore[no-untyped-def]
+    result = run(
+        sampler=name, n_trials=2, space=SearchSpace({"scheme": ["symmetric", "asymmetric"]})
+    )
+    assert type(result.study.sampler).__name__ == name
+    assert len(result.study.trials) == 2
+
+
+def test_a_factory_from_a_module_in_the_current_folder_is_used(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_samplers.py").write_text(
+        "import optuna\n"
+        "def create(search_space, *, seed):\n"
+        "    assert 'scheme' in search_space\n"
+        "    return optuna.samplers.RandomSampler(seed=seed + 40)\n"
+        "def broken(search_space, *, seed):\n"
+        "    return 'no sampler'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    result = run(sampler="my_samplers:create", n_trials=1)
+    assert isinstance(result.study.sampler, optuna.samplers.RandomSampler)
+    for name, message in [
+        ("my_samplers:broken", "gave a str, not a sampler"),
+        ("my_samplers:nothing", "cannot be imported"),
+        ("no_such_module:create", "cannot be imported"),
+        ("Sampler", "unknown; use 'quantune', 'module:factory' or one of BruteForceSampler"),
+        ("PartialFixedSampler", "unknown; use 'quantune'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run(sampler=name, n_trials=1)
+
+
+def test_the_default_sampler_never_repeats_a_configuration(run) -> None:  # type: ignore[no-untyped-def]
+    result = run(n_trials=12)
+    assert isinstance(result.study.sampler, QuantuneSampler)
+    params = [tuple(trial.params.values()) for trial in result.study.trials]
+    assert len(set(params)) == 12
+
+
+def test_an_exhausted_space_ends_the_search(run) -> None:  # type: ignore[no-untyped-def]
+    result = run(n_trials=10, space=SearchSpace({"clipping": ["max", "kl"]}))
+    assert len(result.study.trials) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_trials": 0}, "n_trials: 0 is not positive"),
+        ({"output": "no/such/folder/x.onnx"}, "output no/such/folder/x.onnx: cannot be written"),
+        ({"output": "/"}, "output /: is a folder"),
+        ({"space": "quantum"}, "search space 'quantum'"),
+        ({"storage": "nosuchdb://host/x"}, "storage nosuchdb://host/x: cannot be opened"),
+        ({"storage": "no/such/folder/journal.log"}, "storage no/such/folder/journal.log"),
+    ],
+)
+def test_mistakes_are_found_before_the_search(run, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match=message):
+        run(**arguments)
