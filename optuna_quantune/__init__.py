@@ -14,8 +14,8 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
-from optuna_quantune.tuning import TuningResult
 from optuna_quantune.tuning import tune
+from optuna_quantune.tuning import TuningResult
 
 
 __version__ = version("optuna-quantune")

@@ -49,6 +49,8 @@ from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import expected_agreement
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.probe import probe
+from optuna_quantune.quantization.probe import PROBE_INPUTS
 from optuna_quantune.quantization.quantizer import QuantizedModel
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
@@ -59,7 +61,7 @@ from optuna_quantune.target import Target
 
 
 Metric = Literal["top1", "top5", "agreement", "sqnr_db"]
-# Stage ("calibration", "float model", "evaluation"), items done, items in all.
+# Stage ("float model", "calibration", "probe", "evaluation"), items done, items in all.
 Progress = Callable[[str, int, int], None]
 
 DEFAULT_CACHE: Final = platformdirs.user_cache_dir("optuna-quantune")
@@ -174,7 +176,7 @@ class QuantizationObjective:
         self._lock = threading.RLock()
 
     def prepare(self) -> None:
-        """Does what all trials share, once: the float model's outputs, then calibration.
+        """Does what all trials share, once: float outputs, calibration, the probe for noise.
 
         Trials do it on first use; calling it shows mistakes before a study is created.
 
@@ -183,7 +185,7 @@ class QuantizationObjective:
         """
         with self._lock:
             _ = self.float_evaluation
-            _ = self.quantizer
+            _ = self.noise
 
     @cached_property
     def float_evaluation(self) -> Evaluation:
@@ -219,8 +221,15 @@ class QuantizationObjective:
 
     @cached_property
     def noise(self) -> NoiseModel:
-        """Predicts the quantization noise of configurations of the model."""
-        return NoiseModel(self.quantizer)
+        """Predicts the noise of configurations; the first access probes the float model."""
+        first = np.arange(min(PROBE_INPUTS, len(self.calibration)))
+        gains = probe(
+            self.model,
+            list(self.calibration.batches(1, first)),
+            list(self.quantizer.statistics.segments),
+            progress=lambda done, total: self._progress("probe", done, total),
+        )
+        return NoiseModel(self.quantizer, gains)
 
     @cached_property
     def fingerprint(self) -> str:

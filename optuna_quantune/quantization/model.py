@@ -47,6 +47,7 @@ class Layer:
         weight: Name of the weight initializer.
         bias: Name of the bias initializer, or None.
         channel_axis: Axis of the weight that counts output channels.
+        groups: Number of groups of a convolution, otherwise 1.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Layer:
     weight: str
     bias: str | None
     channel_axis: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def _layers(proto: onnx.ModelProto, initializers: dict[str, onnx.TensorProto]) -
         weight = initializers.get(node.input[1])
         if weight is None or weight.data_type != onnx.TensorProto.FLOAT:
             continue
+        if node.op_type == "MatMul" and len(weight.dims) != 2:
+            continue  # a stack of matrices has no one channel axis
         bias = node.input[2] if len(node.input) > 2 and node.input[2] in initializers else None
         yield Layer(
             name=node.name,
@@ -194,6 +198,7 @@ def _layers(proto: onnx.ModelProto, initializers: dict[str, onnx.TensorProto]) -
             weight=weight.name,
             bias=bias,
             channel_axis=_channel_axis(node, len(weight.dims)),
+            groups=next((a.i for a in node.attribute if a.name == "group"), 1),
         )
 
 

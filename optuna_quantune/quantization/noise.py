@@ -1,9 +1,9 @@
-"""Expected quantization noise of a configuration, from histograms and weights alone.
+"""Expected quantization noise of any configuration, before one of them is run.
 
-Nothing is run: the error of an activation follows from its histogram and its step, that of a
-weight from the weight itself. Each is taken relative to the power of its tensor; the ratios add up
-as independent noises do, as if every relative error reached the output undamped. The sum orders
-configurations of one model, and means the same on every model.
+The error that a configuration makes in an activation follows from the activation's histogram and
+its step; the error that a quantized weight makes in its layer's output follows from the weight and
+the moments of the layer's input. How much of either reaches the model's output was probed once
+(`probe.py`). Errors of different tensors are taken as independent, so that their powers add up.
 """
 
 from __future__ import annotations
@@ -16,45 +16,42 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.placement import statistics_sources
+from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.statistics import Histogram
 
 
-# A tensor whose error exceeds its signal by more carries no more information for being worse.
-_LARGEST_RATIO = 10.0
-
-
 @dataclass(frozen=True)
 class NoisePrediction:
-    """Noise-to-signal power ratios that a configuration is expected to have.
+    """Noise-to-signal power ratios at the model's output that a configuration is expected to have.
 
     Attributes:
-        activations: For each quantized activation the ratio of its rounding and clipping error.
-        weights: For each quantized layer weight the mean over output channels of the squared
-            error over the squared weight.
-        clipping: The part of `activations` that is clipping, summed.
+        rounding: What the rounding of each quantized activation contributes.
+        clipping: What the clipping of each quantized activation contributes.
+        weights: What the quantized weight of each layer contributes, by weight name.
     """
 
-    activations: Mapping[str, float]
+    rounding: Mapping[str, float]
+    clipping: Mapping[str, float]
     weights: Mapping[str, float]
-    clipping: float
 
     @property
     def total(self) -> float:
-        """The predicted noise-to-signal power ratio at the output."""
-        return sum(self.activations.values()) + sum(self.weights.values())
+        """The predicted noise-to-signal power ratio of the output."""
+        parts = (self.rounding, self.clipping, self.weights)
+        return sum(sum(part.values()) for part in parts)
 
     def features(self) -> dict[str, float]:
         """Named numbers for a cost model, in decibels (10 log10 of signal over noise)."""
-        return {
-            "predicted_sqnr_db": _decibels(self.total),
-            "activation_sqnr_db": _decibels(sum(self.activations.values())),
-            "weight_sqnr_db": _decibels(sum(self.weights.values())),
-            "clipping_sqnr_db": _decibels(self.clipping),
-            "worst_activation_sqnr_db": _decibels(max(self.activations.values(), default=0.0)),
-            "worst_weight_sqnr_db": _decibels(max(self.weights.values(), default=0.0)),
-        }
+        numbers = {"predicted_sqnr_db": _decibels(self.total)}
+        for name in ("rounding", "clipping", "weights"):
+            part: Mapping[str, float] = getattr(self, name)
+            numbers[f"{name}_sqnr_db"] = _decibels(sum(part.values()))
+            numbers[f"worst_{name}_sqnr_db"] = _decibels(max(part.values(), default=0.0))
+        return numbers
 
 
 class NoiseModel:
@@ -62,58 +59,70 @@ class NoiseModel:
 
     Signal and clipping are measured on all calibration inputs, also for a configuration whose
     ranges come from fewer: what those ranges cut off is part of its noise.
+
+    Args:
+        quantizer: What builds the configurations.
+        probe: The gains of `quantizer.model`, of every activation with statistics.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, probe: Probe) -> None:
         self._quantizer = quantizer
-        self._activation_errors: dict[tuple[str, float, int], tuple[float, float]] = {}
-        self._weight_errors: dict[tuple[str, bytes], float] = {}
+        self._probe = probe
+        self._layers = {layer.weight: layer for layer in quantizer.model.layers}
+        self._sources = statistics_sources(quantizer.model.proto.graph)
+        self._activation_errors: dict[tuple[str, float, int, int], tuple[float, float]] = {}
+        self._weight_errors: dict[tuple[str, int, bytes], float] = {}
 
     def predict(self, config: QuantizationConfig) -> NoisePrediction:
         """The expected noise of every tensor that `config` quantizes."""
-        quantizer = self._quantizer
+        quantizer, probe = self._quantizer, self._probe
         plan = quantizer.plan(config)
-        placement = quantizer.placement(plan.float_layers)
-        activations: dict[str, float] = {}
-        clipping = 0.0
-        for site in placement.activations:
-            if site.statistics not in activations:  # a Relu and its input are rounded alike, once
-                rounding, clipped = self._activation_error(
-                    site.statistics, plan.activations[site.tensor]
-                )
-                activations[site.statistics] = min(rounding + clipped, _LARGEST_RATIO)
-                clipping += clipped
-        layers = {layer.weight: layer.channel_axis for layer in quantizer.model.layers}
-        weights = {
-            tensor: self._weight_error(tensor, layers[tensor], parameters)
-            for tensor, parameters in plan.constants.items()
-            if tensor in layers
-        }
-        return NoisePrediction(activations, weights, clipping)
+        signal = max(probe.output_power, np.finfo(np.float64).tiny)
+        rounding: dict[str, float] = {}
+        clipping: dict[str, float] = {}
+        for site in quantizer.placement(plan.float_layers).activations:
+            tensor = site.statistics
+            if tensor in rounding:  # a Relu and its input are rounded alike, once
+                continue
+            rounded, clipped = self._activation_error(tensor, plan.activations[site.tensor])
+            rounding[tensor] = rounded * probe.noise_gain[tensor] / signal
+            clipping[tensor] = clipped * probe.clipping_gain[tensor] / signal
+        weights: dict[str, float] = {}
+        for name, parameters in plan.constants.items():
+            if name in self._layers:
+                layer = self._layers[name]
+                output = self._sources.get(layer.output, layer.output)
+                gain = probe.noise_gain.get(output, 0.0)
+                weights[name] = self._weight_error(layer, parameters) * gain / signal
+        return NoisePrediction(rounding, clipping, weights)
 
     def _activation_error(
         self, tensor: str, parameters: QuantizationParameters
     ) -> tuple[float, float]:
         scale, zero_point = float(parameters.scale), int(parameters.zero_point)
-        key = (tensor, scale, zero_point)
+        key = (tensor, scale, zero_point, parameters.bits)
         if key not in self._activation_errors:
-            histogram = self._quantizer.statistics.histogram(tensor, "all")
-            low = scale * (parameters.lowest - zero_point)
-            high = scale * (parameters.highest - zero_point)
-            rounding, clipped = quantization_error(histogram, scale, low, high)
-            power = max(histogram.mean_square, np.finfo(np.float64).tiny)
-            self._activation_errors[key] = rounding / power, clipped / power
+            self._activation_errors[key] = quantization_error(
+                self._quantizer.statistics.histogram(tensor, "all"),
+                scale,
+                scale * (parameters.lowest - zero_point),
+                scale * (parameters.highest - zero_point),
+            )
         return self._activation_errors[key]
 
-    def _weight_error(
-        self, tensor: str, channel_axis: int, parameters: QuantizationParameters
-    ) -> float:
-        key = (tensor, parameters.scale.tobytes() + parameters.zero_point.tobytes())
+    def _weight_error(self, layer: Layer, parameters: QuantizationParameters) -> float:
+        scales = parameters.scale.tobytes() + parameters.zero_point.tobytes()
+        key = (layer.weight, parameters.bits, scales)
         if key not in self._weight_errors:
-            weight = self._quantizer.model.weights[tensor]
-            axis = channel_axis if parameters.scale.ndim else None
+            weight = self._quantizer.model.weights[layer.weight]
+            axis = layer.channel_axis if parameters.scale.ndim else None
             restored = parameters.dequantize(parameters.quantize(weight, axis), axis)
-            self._weight_errors[key] = _channel_error(weight, restored, channel_axis)
+            self._weight_errors[key] = layer_error(
+                layer,
+                restored.astype(np.float64) - weight,
+                self._probe.channel_mean[layer.name],
+                self._probe.channel_power[layer.name],
+            )
         return self._weight_errors[key]
 
 
@@ -144,6 +153,33 @@ def quantization_error(
     )
 
 
+def layer_error(
+    layer: Layer,
+    weight_error: NDArray[np.float64],
+    channel_mean: NDArray[np.float64],
+    channel_power: NDArray[np.float64],
+) -> float:
+    """Mean squared error of a layer's output values when its weight is off by `weight_error`.
+
+    An output value is off by the sum over its inputs of weight error times input. The varying part
+    of the inputs is taken as uncorrelated; their means, which are large behind a ReLU, add up
+    coherently and shift the whole channel.
+
+    Args:
+        layer: The layer.
+        weight_error: Of the shape of the weight.
+        channel_mean: Mean of each input channel, shape (channels,).
+        channel_power: Mean square of each input channel, shape (channels,).
+    """
+    grouped = _by_group(layer, weight_error)
+    groups, _, inputs, _ = grouped.shape
+    mean = channel_mean.reshape(groups, 1, inputs)
+    variance = np.maximum(channel_power - channel_mean**2, 0.0).reshape(groups, 1, inputs)
+    varying = (np.square(grouped).sum(axis=3) * variance).sum(axis=2)
+    shift = (grouped.sum(axis=3) * mean).sum(axis=2)
+    return float(np.mean(varying + np.square(shift)))
+
+
 def expected_agreement(margins: NDArray[np.float64], noise_power: float) -> float:
     """Share of inputs whose top-1 class is expected to survive noise at the output.
 
@@ -159,15 +195,17 @@ def expected_agreement(margins: NDArray[np.float64], noise_power: float) -> floa
     return float(np.mean(ndtr(margins / deviation)))
 
 
-def _channel_error(
-    weight: NDArray[np.float32], restored: NDArray[np.float32], channel_axis: int
-) -> float:
-    """Mean over channels of squared error over squared weight; a channel of zeros has none."""
-    others = tuple(axis for axis in range(weight.ndim) if axis != channel_axis)
-    error = np.square(weight - restored, dtype=np.float64).sum(axis=others)
-    power = np.square(weight, dtype=np.float64).sum(axis=others)
-    ratio = np.divide(error, power, out=np.zeros_like(error), where=power > 0)
-    return float(np.minimum(ratio, _LARGEST_RATIO).mean())
+def _by_group(layer: Layer, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A weight as (groups, output channels of a group, input channels of a group, taps)."""
+    if layer.op_type == "Conv":
+        outputs, inputs = weight.shape[:2]
+        return weight.reshape(layer.groups, outputs // layer.groups, inputs, -1)
+    if layer.op_type == "ConvTranspose":
+        inputs, outputs = weight.shape[:2]
+        parts = weight.reshape(layer.groups, inputs // layer.groups, outputs, -1)
+        return parts.swapaxes(1, 2)
+    inputs_last = np.moveaxis(weight, layer.channel_axis, 0)
+    return inputs_last.reshape(1, inputs_last.shape[0], -1, 1)
 
 
 def _decibels(noise_to_signal: float) -> float:

@@ -43,7 +43,7 @@ class ActivationSite:
     Attributes:
         tensor: The activation whose range decides.
         statistics: The activation whose statistics are that range: `tensor` itself, or the one
-            that has the same range (`_statistics_sources`).
+            that has the same range (`statistics_sources`).
         scale: Name of the scale initializer.
         zero_point: Name of the zero-point initializer.
     """
@@ -108,7 +108,7 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
     quantized = _run_quantize_static(model, float_nodes)
     graph = quantized.graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    sources = _statistics_sources(model.proto.graph)
+    sources = statistics_sources(model.proto.graph)
     activations: dict[str, ActivationSite] = {}
     constants: list[ConstantSite] = []
     dequantized_by: dict[str, onnx.NodeProto] = {}
@@ -170,7 +170,7 @@ def _run_quantize_static(model: FloatModel, float_nodes: Sequence[str]) -> onnx.
         return onnx.load(output)
 
 
-def _statistics_sources(graph: onnx.GraphProto) -> dict[str, str]:
+def statistics_sources(graph: onnx.GraphProto) -> dict[str, str]:
     """Maps tensors whose range is that of another tensor to that tensor.
 
     - What a Relu or Clip without a sibling cuts off never matters, so the tensor before it takes

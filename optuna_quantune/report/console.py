@@ -132,7 +132,8 @@ def predictions_table(objective: QuantizationObjective, limit: int) -> Table:
     """The configurations of a space with the least predicted noise, none of them run."""
     table = Table(title="Least predicted noise, nothing run", title_justify="left")
     table.add_column("predicted SQNR dB", justify="right")
-    table.add_column("activations dB", justify="right")
+    table.add_column("rounding dB", justify="right")
+    table.add_column("clipping dB", justify="right")
     table.add_column("weights dB", justify="right")
     for name in objective.space:
         table.add_column(name.replace("_", " "))
@@ -141,8 +142,9 @@ def predictions_table(objective: QuantizationObjective, limit: int) -> Table:
     for features, params in rows[:limit]:
         table.add_row(
             f"{features['predicted_sqnr_db']:.1f}",
-            f"{features['activation_sqnr_db']:.1f}",
-            f"{features['weight_sqnr_db']:.1f}",
+            f"{features['rounding_sqnr_db']:.1f}",
+            f"{features['clipping_sqnr_db']:.1f}",
+            f"{features['weights_sqnr_db']:.1f}",
             *(str(params[name]) for name in objective.space),
         )
     return table

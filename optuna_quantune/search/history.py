@@ -78,7 +78,7 @@ def read_history(study: Study, encoding: SpaceEncoding, current: int | None) -> 
     for trial in trials:
         if trial.number == current:
             continue
-        codes = encoding.encode(configuration_of(trial))
+        codes = encoding.encode(configuration_of(trial, encoding))
         if codes is None:
             continue
         if _is_whole(trial, encoding):
@@ -131,7 +131,7 @@ def is_taken(
         np.array_equal(other, codes)
         for trial in study._storage.get_all_trials(study._study_id, deepcopy=False)
         if trial.number != current and trial.number not in known and _is_whole(trial, encoding)
-        if (other := encoding.encode(configuration_of(trial))) is not None
+        if (other := encoding.encode(configuration_of(trial, encoding))) is not None
     )
 
 
@@ -148,8 +148,10 @@ def publish_plan(study: Study, trial: FrozenTrial, params: Mapping[str, Any]) ->
         )
 
 
-def configuration_of(trial: FrozenTrial) -> dict[str, Any]:
+def configuration_of(trial: FrozenTrial, encoding: SpaceEncoding) -> dict[str, Any]:
     """The parameters of a trial, those included that it has not asked for yet."""
+    if all(name in trial.params for name in encoding.names):
+        return trial.params
     enqueued = trial.system_attrs.get("fixed_params", {})
     return {**_planned_params(trial), **enqueued, **trial.params}
 

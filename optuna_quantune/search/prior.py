@@ -64,6 +64,8 @@ class PriorLine:
         if abs(values.mean() - trial_prior.mean()) > _SAME_UNIT_DISTANCE * spread:
             # Another unit: the trials alone can tell how much a unit of prior is worth.
             unit = float(np.std(centered) / np.hypot(np.std(prior), _RESOLUTION * spread))
+            # Equal trials tell nothing: any positive slope keeps the order of the prior.
+            unit = unit or 1.0 / spread
         # Ridge towards ``unit``, as if one more trial, one spread away, had confirmed it.
         slope = (prior @ centered + spread**2 * unit) / (prior @ prior + spread**2)
         slope = max(float(slope), 0.0)

@@ -21,7 +21,7 @@ from optuna_quantune.search.scoring import Scorer
 
 
 # Up to this many candidates, all are scored; of more, those that a screening leaves.
-_MAX_SCORED = 4096
+_MAX_SCORED = 2560
 # Uniform candidates among those, so that the screening hides no part of the space for good.
 _N_RANDOM = 1024
 # Further draws of as many where few are valid or, with most parameters fixed, few exist.

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-_logger = optuna.logging.get_logger(__name__)
+# Below Optuna's logger, so that ``optuna.logging.set_verbosity`` rules it.
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 # Longest wait before a second try when two processes have claimed one configuration.
 _MAX_BACKOFF_SECONDS = 0.02

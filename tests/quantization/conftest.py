@@ -17,6 +17,8 @@ from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.probe import Probe
+from optuna_quantune.quantization.probe import probe
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
 
@@ -72,6 +74,16 @@ def toy_statistics(
     float_model: FloatModel, toy_inputs: NDArray[np.float32]
 ) -> CalibrationStatistics:
     return statistics_of(float_model, toy_inputs)
+
+
+@pytest.fixture(scope="session")
+def toy_probe(
+    float_model: FloatModel,
+    toy_statistics: CalibrationStatistics,
+    toy_inputs: NDArray[np.float32],
+) -> Probe:
+    feeds = [{"input": toy_inputs[i : i + 1]} for i in range(8)]
+    return probe(float_model, feeds, list(toy_statistics.segments))
 
 
 @pytest.fixture(scope="session")

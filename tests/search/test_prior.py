@@ -32,6 +32,11 @@ def test_a_prior_in_another_unit_gets_the_unit_of_the_values() -> None:
     assert line(np.array([32.0])) == pytest.approx(0.64)
 
 
+def test_one_trial_of_another_unit_keeps_the_order_of_the_prior() -> None:
+    line = PriorLine.fit(np.linspace(0.0, 40.0, 101), np.array([40.0]), np.array([0.7]))
+    assert line.slope > 0.0
+
+
 def test_a_prior_that_points_the_wrong_way_is_no_longer_believed() -> None:
     rng = np.random.default_rng(0)
     prior = rng.uniform(size=30)

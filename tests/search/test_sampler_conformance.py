@@ -23,9 +23,8 @@ class TestConformance(
         params=[
             lambda: QuantuneSampler(n_startup_trials=0),
             lambda: QuantuneSampler(seed=0),
-            lambda: QuantuneSampler(n_startup_trials=0, allow_duplicates=True),
         ],
-        ids=["no startup", "default", "duplicates allowed"],
+        ids=["no startup", "default"],
     )
     def sampler(self, request: pytest.FixtureRequest) -> SamplerFactory:
         factory: SamplerFactory = request.param

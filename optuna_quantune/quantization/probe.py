@@ -1,0 +1,238 @@
+"""How much of an error in a tensor reaches the output: measured once, on the float model.
+
+One graph serves all tensors: behind each of them stands an addition whose second operand is an
+input of the graph, a single zero unless the tensor is the one that is probed. Each tensor is
+disturbed twice: by white noise, which is what rounding does, and by clipping, whose error is
+biased and correlated and may reach the output ten times more or less. The noise is small, so the
+answer is linear: output error power for a unit of error power in the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from typing import Final
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import Layer
+
+
+# Inputs that the probes are spread over.
+PROBE_INPUTS: Final = 8
+# Power of the injected noise beside that of its tensor: -20 dB, as int8 makes in a bad case.
+_NOISE_TO_SIGNAL: Final = 0.01
+# Values computed for all probes together. A large network is probed on one input for each tensor,
+# which is 94 inferences for SqueezeNet, a small one on all inputs.
+_VALUE_BUDGET: Final = 300_000_000
+# Share of the largest magnitudes that a probe clips.
+_CLIPPED_SHARE: Final = 1e-3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the float model does to errors.
+
+    Attributes:
+        noise_gain: For each tensor the mean squared error of an output value for white noise of
+            power 1 in every value of the tensor.
+        clipping_gain: The same for a clipping error of mean square 1.
+        channel_mean: For each layer (by name) the mean of each channel of its input.
+        channel_power: For each layer the mean square of each channel of its input.
+        output_power: Mean square of an output value.
+    """
+
+    noise_gain: Mapping[str, float]
+    clipping_gain: Mapping[str, float]
+    channel_mean: Mapping[str, NDArray[np.float64]]
+    channel_power: Mapping[str, NDArray[np.float64]]
+    output_power: float
+
+
+def probe(
+    model: FloatModel,
+    inputs: Sequence[dict[str, NDArray[Any]]],
+    tensors: Sequence[str],
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Probe:
+    """Measures the gains of `tensors` and the channel moments of every layer's input.
+
+    Args:
+        model: The prepared float model.
+        inputs: A few inputs of batch size 1, by name.
+        tensors: Activations to probe (model inputs included).
+        seed: Seed of the noise.
+        progress: Called after every input with the inputs done and the inputs in all.
+    """
+    observed = list(dict.fromkeys([*tensors, *(layer.input for layer in model.layers)]))
+    watching = _session(_with_outputs(model, observed))
+    disturbing = _session(_with_additions(model, tensors))
+    output = model.outputs[0].name
+    rng = np.random.default_rng(seed)
+    noise: dict[str, list[float]] = {tensor: [] for tensor in tensors}
+    clipping: dict[str, list[float]] = {tensor: [] for tensor in tensors}
+    moments = _Moments(model.layers)
+    output_power: list[float] = []
+    for number, feed in enumerate(inputs):
+        values = _observe(watching, observed, feed)
+        moments.add(values)
+        quiet = {_operand(tensor): np.zeros(1, dtype=np.float32) for tensor in tensors}
+        reference = disturbing.run([output], feed | quiet)[0]
+        output_power.append(float(np.mean(np.square(reference, dtype=np.float64))))
+        repeats = _repeats(tensors, values, len(inputs))
+
+        def gain(
+            tensor: str,
+            error: NDArray[np.float32],
+            feed: dict[str, NDArray[Any]] = feed | quiet,
+            reference: NDArray[np.float32] = reference,
+        ) -> float:
+            disturbed = disturbing.run([output], feed | {_operand(tensor): error})[0]
+            power = float(np.mean(np.square(error, dtype=np.float64)))
+            return float(np.mean(np.square(disturbed - reference, dtype=np.float64))) / power
+
+        for index, tensor in enumerate(tensors):
+            if (number - index) % len(inputs) >= repeats:
+                continue
+            value = values[tensor]
+            deviation = np.sqrt(_NOISE_TO_SIGNAL * np.mean(np.square(value, dtype=np.float64)))
+            if deviation == 0.0:
+                continue
+            white = rng.standard_normal(value.shape, dtype=np.float32) * np.float32(deviation)
+            noise[tensor].append(gain(tensor, white))
+            limit = np.quantile(np.abs(value), 1.0 - _CLIPPED_SHARE)
+            clipped = np.clip(value, -limit, limit) - value
+            if np.any(clipped):
+                clipping[tensor].append(gain(tensor, clipped))
+        if progress is not None:
+            progress(number + 1, len(inputs))
+    noise_gain = {
+        tensor: float(np.mean(gains)) if gains else 0.0 for tensor, gains in noise.items()
+    }
+    return Probe(
+        noise_gain=noise_gain,
+        clipping_gain={
+            tensor: float(np.mean(gains)) if gains else noise_gain[tensor]
+            for tensor, gains in clipping.items()
+        },
+        channel_mean=moments.mean(),
+        channel_power=moments.power(),
+        output_power=float(np.mean(output_power)),
+    )
+
+
+class _Moments:
+    """Running first and second moments of each channel of each layer's input."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._sums: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, NDArray[np.float32]]) -> None:
+        self._count += 1
+        for layer in self._layers:
+            value = values[layer.input]
+            channel = 1 if layer.op_type in ("Conv", "ConvTranspose") else value.ndim - 1
+            others = tuple(axis for axis in range(value.ndim) if axis != channel)
+            mean = value.mean(axis=others, dtype=np.float64)
+            power = np.square(value, dtype=np.float64).mean(axis=others)
+            before = self._sums.get(layer.name, (np.zeros_like(mean), np.zeros_like(mean)))
+            self._sums[layer.name] = before[0] + mean, before[1] + power
+
+    def mean(self) -> dict[str, NDArray[np.float64]]:
+        return {name: sums[0] / self._count for name, sums in self._sums.items()}
+
+    def power(self) -> dict[str, NDArray[np.float64]]:
+        return {name: sums[1] / self._count for name, sums in self._sums.items()}
+
+
+def _repeats(
+    tensors: Sequence[str], values: Mapping[str, NDArray[np.float32]], inputs: int
+) -> int:
+    """How many of the inputs each tensor is probed on."""
+    one_run = sum(value.size for value in values.values())
+    return int(np.clip(_VALUE_BUDGET // (2 * len(tensors) * one_run), 1, inputs))
+
+
+def _operand(tensor: str) -> str:
+    return f"{tensor}__error"
+
+
+def _with_outputs(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    known = {value.name for value in (*proto.graph.output, *proto.graph.input)}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors if t not in known)
+    return proto
+
+
+def _with_additions(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProto:
+    """The model with ``tensor + tensor__error`` in place of each of `tensors`."""
+    source = model.proto
+    wanted = set(tensors)
+    disturbed = {tensor: f"{tensor}__disturbed" for tensor in tensors}
+    nodes: list[onnx.NodeProto] = []
+
+    def addition(tensor: str) -> onnx.NodeProto:
+        return onnx.helper.make_node("Add", [tensor, _operand(tensor)], [disturbed[tensor]])
+
+    nodes.extend(addition(spec.name) for spec in model.inputs if spec.name in wanted)
+    for original in source.graph.node:
+        node = onnx.NodeProto()
+        node.CopyFrom(original)
+        for position, name in enumerate(node.input):
+            node.input[position] = disturbed.get(name, name)
+        nodes.append(node)
+        nodes.extend(addition(name) for name in node.output if name in wanted)
+    # A probed output of the model keeps its name for what is read from outside.
+    outputs = {value.name for value in source.graph.output} & wanted
+    for node in nodes:
+        for names in (node.input, node.output):
+            for position, name in enumerate(names):
+                if name in outputs:
+                    names[position] = f"{name}__original"
+                elif name.removesuffix("__disturbed") in outputs:
+                    names[position] = name.removesuffix("__disturbed")
+    graph = onnx.helper.make_graph(
+        nodes,
+        source.graph.name,
+        [
+            *source.graph.input,
+            *(
+                onnx.helper.make_tensor_value_info(_operand(t), onnx.TensorProto.FLOAT, None)
+                for t in tensors
+            ),
+        ],
+        source.graph.output,
+        source.graph.initializer,
+    )
+    return onnx.helper.make_model(
+        graph, opset_imports=source.opset_import, ir_version=source.ir_version
+    )
+
+
+def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _observe(
+    session: onnxruntime.InferenceSession, tensors: Sequence[str], feed: dict[str, NDArray[Any]]
+) -> dict[str, NDArray[np.float32]]:
+    computed = [tensor for tensor in tensors if tensor not in feed]
+    return dict(zip(computed, session.run(computed, feed), strict=True)) | {
+        tensor: feed[tensor] for tensor in tensors if tensor in feed
+    }

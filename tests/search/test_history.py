@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import IntDistribution
+from optuna.trial import create_trial
+from optuna.trial import TrialState
+
+from optuna_quantune.search.encoding import SpaceEncoding
+from optuna_quantune.search.history import is_taken
+from optuna_quantune.search.history import publish_plan
+from optuna_quantune.search.history import read_history
+
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+SPACE: dict[str, BaseDistribution] = {
+    "n": IntDistribution(0, 9),
+    "c": CategoricalDistribution(["a", "b"]),
+}
+ENCODING = SpaceEncoding(SPACE)  # Columns: c, n.
+
+
+def add(study: optuna.Study, n: int, **kwargs: Any) -> None:
+    study.add_trial(create_trial(params={"n": n, "c": "b"}, distributions=SPACE, **kwargs))
+
+
+def test_values_are_read_as_to_be_minimised() -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    add(study, 3, values=[0.7, 12.0])
+    history = read_history(study, ENCODING, None)
+    np.testing.assert_array_equal(history.codes, [[1.0, 3.0]])
+    np.testing.assert_array_equal(history.values, [[-0.7, 12.0]])
+
+
+def test_a_pruned_trial_is_no_better_than_the_median() -> None:
+    study = optuna.create_study(direction="maximize")
+    for n, value in enumerate([0.5, 0.6, 0.9]):
+        add(study, n, value=value)
+    for n, last in ((3, 0.8), (4, 0.1), (5, float("nan"))):
+        add(study, n, state=TrialState.PRUNED, intermediate_values={0: 0.95, 7: last})
+    add(study, 6, state=TrialState.PRUNED)
+    history = read_history(study, ENCODING, None)
+    np.testing.assert_array_equal(history.values[:, 0], [-0.5, -0.6, -0.9, -0.6, -0.1, np.inf])
+    assert len(history.seen) == 7
+
+
+def test_failed_running_and_enqueued_trials_are_told_apart() -> None:
+    study = optuna.create_study()
+    add(study, 1, state=TrialState.FAIL)
+    running = study.ask()
+    publish_plan(study, running._cached_frozen_trial, {"n": 2, "c": "b"})
+    study.enqueue_trial({"n": 3, "c": "b"})
+    study.enqueue_trial({"n": 4})
+    history = read_history(study, ENCODING, None)
+    np.testing.assert_array_equal(history.failed[:, 1], [1])
+    np.testing.assert_array_equal(history.pending[:, 1], [2, 3])
+    np.testing.assert_array_equal(history.seen[:, 1], [1, 2, 3])
+    assert history.finished == {0}
+    assert len(read_history(study, ENCODING, running.number).pending) == 1
+
+
+def test_a_shorter_plan_replaces_a_longer_one() -> None:
+    study = optuna.create_study()
+    frozen = study.ask()._cached_frozen_trial
+    long = {f"layer{i:04d}": "int8" for i in range(400)}
+    publish_plan(study, frozen, {**long, "n": 1, "c": "a"})
+    publish_plan(study, frozen, {"n": 5, "c": "b"})
+    np.testing.assert_array_equal(read_history(study, ENCODING, None).pending, [[1.0, 5.0]])
+
+
+def test_a_plan_that_is_just_being_written_is_passed_over() -> None:
+    study = optuna.create_study()
+    frozen = study.ask()._cached_frozen_trial
+    study._storage.set_trial_system_attr(frozen._trial_id, "quantune:params:0", '{"n": 5, "c"')
+    assert len(read_history(study, ENCODING, None).pending) == 0
+
+
+def test_a_trial_with_further_parameters_is_not_a_whole_configuration() -> None:
+    study = optuna.create_study()
+    study.add_trial(
+        create_trial(
+            params={"n": 1, "c": "a", "more": 2, "single": 5},
+            distributions={
+                **SPACE,
+                "more": IntDistribution(0, 3),
+                "single": IntDistribution(5, 5),
+            },
+            value=0.0,
+        )
+    )
+    history = read_history(study, ENCODING, None)
+    assert len(history.codes) == 1
+    assert len(history.seen) == 0
+
+
+def test_constraints_of_trials_without_them_are_unknown() -> None:
+    study = optuna.create_study()
+    study.optimize(_constrained, n_trials=2)
+    history = read_history(study, ENCODING, None)
+    np.testing.assert_array_equal(history.constraints["size"], [1.0, np.nan])
+    np.testing.assert_array_equal(history.feasible, [False, True])
+
+
+def _constrained(trial: optuna.Trial) -> float:
+    if trial.number == 0:
+        trial.set_constraint("size", 1.0)
+    trial.suggest_categorical("c", ["a", "b"])
+    return float(trial.suggest_int("n", 0, 9))
+
+
+@pytest.mark.parametrize(("planned", "taken"), [(5, True), (6, False)])
+def test_a_plan_of_another_trial_takes_its_configuration(planned: int, taken: bool) -> None:
+    study = optuna.create_study()
+    mine, other = study.ask(), study.ask()
+    publish_plan(study, mine._cached_frozen_trial, {"n": 5, "c": "b"})
+    publish_plan(study, other._cached_frozen_trial, {"n": planned, "c": "b"})
+    codes = np.array([1.0, 5.0])
+    assert is_taken(study, ENCODING, codes, mine.number, frozenset()) is taken
+    assert not is_taken(study, ENCODING, codes, mine.number, frozenset({other.number}))
