@@ -212,7 +212,6 @@ class QuantizationObjective:
                 required_activations(place(self.model)),
                 sizes=self._calibration_sizes(),
                 cache=self._cache,
-                threads=self._threads,
                 progress=lambda done, total: self._progress("calibration", done, total),
             )
             return Quantizer(

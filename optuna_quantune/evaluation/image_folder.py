@@ -19,13 +19,13 @@ from PIL import Image
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.labels import read_labels
-from optuna_quantune.evaluation.pipeline import available_cores
-from optuna_quantune.evaluation.pipeline import ordered_map
 from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.evaluation.source import chunks
 from optuna_quantune.evaluation.source import InputSource
 from optuna_quantune.evaluation.source import InputSpec
 from optuna_quantune.evaluation.source import UNNAMED
+from optuna_quantune.pipeline import available_cores
+from optuna_quantune.pipeline import ordered_map
 
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import numpy as np
 import onnxruntime
 
 from optuna_quantune.errors import InputError
-from optuna_quantune.evaluation.pipeline import available_cores
-from optuna_quantune.evaluation.pipeline import ordered_map
 from optuna_quantune.evaluation.source import InputSource
 from optuna_quantune.evaluation.source import InputSpec
+from optuna_quantune.pipeline import available_cores
+from optuna_quantune.pipeline import ordered_map
 
 
 if TYPE_CHECKING:

@@ -1,17 +1,17 @@
 """Calibration, done once: a single streaming pass whose statistics serve every configuration.
 
-The float model runs over the calibration inputs with its activations as extra outputs. Of each
-activation only counts are kept (`statistics.py`), so memory does not depend on the number of
-inputs. The counts are kept apart for the segments between the wanted set sizes; those of the first
-n inputs are the sum of the segments before n. The result is stored on disk under a fingerprint of
-the model, the inputs and the options, and found again by the next run.
+The float model runs over the calibration inputs and observes its activations. Of each only counts
+are kept (`statistics.py`), so memory does not depend on the number of inputs. Extremes are exact;
+the histogram of a large activation counts a sample of its values. The counts are kept apart for
+the segments between the wanted set sizes; those of the first n inputs are the sum of the segments
+before n. The result is stored on disk under a fingerprint of the model, the inputs and the
+options, and found again by the next run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import zipfile
 import zlib
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from functools import reduce
@@ -35,6 +34,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.pipeline import available_cores
+from optuna_quantune.pipeline import ordered_map
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.statistics import BINS
 from optuna_quantune.quantization.statistics import count_into
@@ -44,10 +45,12 @@ from optuna_quantune.quantization.statistics import Histogram
 
 
 # Raised when the meaning of a stored file changes; files of another version are not used.
-STORE_VERSION: Final = 1
-# Activations of one batch held at a time; MobileNetV2 at 224 pixels has 27 MB an image.
-_BATCH_BYTES: Final = 128 << 20
-_LARGEST_BATCH: Final = 16
+STORE_VERSION: Final = 2
+# Values of one tensor that are counted for each input; of a larger tensor an even sample of this
+# size. The first input is counted whole.
+_SAMPLE: Final = 1 << 13
+# Inputs that are run at a time after the first.
+_BATCH: Final = 4
 
 
 class CalibrationInputs(Protocol):
@@ -114,7 +117,7 @@ def calibrate(
     *,
     sizes: Sequence[int | str],
     cache: Path | None = None,
-    threads: int | None = None,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationStatistics:
     """Collects the statistics of `tensors` in one pass, or finds them on disk.
@@ -125,7 +128,7 @@ def calibrate(
         tensors: Names of the activations (model inputs included).
         sizes: Wanted set sizes; ``"all"``, and sizes beyond the number of inputs, mean all.
         cache: Folder of the store; None stores nothing.
-        threads: Threads of ONNX Runtime and of the counting; None leaves the choice to them.
+        workers: Batches that are run side by side; None is one for each core.
         progress: Called after every batch with the inputs done and the inputs in all.
 
     Raises:
@@ -133,6 +136,7 @@ def calibrate(
     """
     total = len(inputs)
     bounds = tuple(sorted({total if s == "all" else min(int(s), total) for s in sizes} | {total}))
+    workers = workers or available_cores()
     fingerprint = _fingerprint(model, inputs, tensors, bounds)
     stored = None if cache is None else cache / f"calibration-{fingerprint[:32]}.npz"
     if stored is not None and (found := _load(stored, fingerprint, tensors, bounds)) is not None:
@@ -140,24 +144,21 @@ def calibrate(
             progress(total, total)
         return found
     segments: dict[str, list[Counts]] = {tensor: [] for tensor in tensors}
-    session = _session(model, tensors, threads)
+    observer = _Observer(model, tensors)
     batch_size = 1
     done = 0
-    with ThreadPoolExecutor(max_workers=threads or os.cpu_count()) as pool:
-        for stop in bounds:
-            collector = _Collector(tensors)
-            for batch in inputs.batches(batch_size, np.arange(done, stop)):
-                values = dict(zip(tensors, _run(session, tensors, batch, model), strict=True))
-                list(pool.map(collector.add, values.items()))
-                done += len(next(iter(batch.values())))
-                if progress is not None:
-                    progress(done, total)
-            for tensor, counts in collector.counts().items():
-                segments[tensor].append(counts)
-            if _free_batch_axis(model):
-                # The first input has shown how large its activations are.
-                size = sum(array.nbytes for array in values.values()) // batch_size
-                batch_size = int(np.clip(_BATCH_BYTES // size, 1, _LARGEST_BATCH))
+    for stop in bounds:
+        collector = _Collector(tensors)
+        batches = inputs.batches(batch_size, np.arange(done, stop))
+        for observations, size in ordered_map(observer, enumerate(batches), workers=workers):
+            collector.add(observations)
+            done += size
+            if progress is not None:
+                progress(done, total)
+        for tensor, counts in collector.counts().items():
+            segments[tensor].append(counts)
+        if all(spec.shape and spec.shape[0] is None for spec in model.inputs):
+            batch_size = _BATCH
     statistics = CalibrationStatistics(
         bounds, {tensor: tuple(counts) for tensor, counts in segments.items()}, fingerprint
     )
@@ -166,24 +167,73 @@ def calibrate(
     return statistics
 
 
+@dataclass(frozen=True)
+class _Observation:
+    """One tensor in one batch: exact extremes, and every `step`-th value from some offset on."""
+
+    tensor: str
+    minimum: float
+    maximum: float
+    sample: NDArray[np.float32]
+    step: int
+
+
+class _Observer:
+    """Runs the float model and looks at its activations; called with (number, batch).
+
+    Extremes and samples are taken inside the graph, so that whole activations never leave ONNX
+    Runtime: copying them out costs more than computing them.
+    """
+
+    def __init__(self, model: FloatModel, tensors: Sequence[str]) -> None:
+        self._model = model
+        self._tensors = tensors
+        self._session = _session(_observed(model, tensors))
+        self._sizes: dict[str, int] = {}  # values of each tensor for one input
+
+    def __call__(
+        self, numbered: tuple[int, dict[str, NDArray[Any]]]
+    ) -> tuple[list[_Observation], int]:
+        number, batch = numbered
+        size = len(next(iter(batch.values())))
+        steps = {t: _step(self._sizes.get(t, 0) * size, size) for t in self._tensors}
+        # The offset goes through all residues, so that the samples of many batches miss nothing.
+        places = {t: np.array([[number % step], [step]]) for t, step in steps.items()}
+        feed = batch | {_place(tensor): place for tensor, place in places.items()}
+        names = [_statistic(t, kind) for t in self._tensors for kind in ("min", "max", "sample")]
+        try:
+            outputs = iter(self._session.run(names, feed))
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"model {self._model.path}: cannot run a calibration input ({reason})"
+            ) from error
+        observations = [
+            _Observation(tensor, float(next(outputs)), float(next(outputs)), next(outputs), step)
+            for tensor, step in steps.items()
+        ]
+        for found in observations:
+            self._sizes.setdefault(found.tensor, found.sample.size // size)
+        return observations, size
+
+
 class _Collector:
-    """The counts of one segment; tensors are independent, so they can be added in parallel."""
+    """The counts of one segment."""
 
     def __init__(self, tensors: Sequence[str]) -> None:
         self._dense = {tensor: np.zeros(BINS, dtype=np.int64) for tensor in tensors}
         self._extremes = dict.fromkeys(tensors, (np.inf, -np.inf))
 
-    def add(self, item: tuple[str, NDArray[np.float32]]) -> None:
-        tensor, values = item
-        low, high = float(values.min()), float(values.max())
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise InputError(
-                f"activation {tensor!r}: not finite for some calibration input; "
-                "check the preprocessing and the float model"
-            )
-        minimum, maximum = self._extremes[tensor]
-        self._extremes[tensor] = min(minimum, low), max(maximum, high)
-        count_into(self._dense[tensor], np.ascontiguousarray(values, dtype=np.float32))
+    def add(self, observations: list[_Observation]) -> None:
+        for found in observations:
+            if not (np.isfinite(found.minimum) and np.isfinite(found.maximum)):
+                raise InputError(
+                    f"activation {found.tensor!r}: not finite for some calibration input; "
+                    "check the preprocessing and the float model"
+                )
+            low, high = self._extremes[found.tensor]
+            self._extremes[found.tensor] = min(low, found.minimum), max(high, found.maximum)
+            count_into(self._dense[found.tensor], found.sample, weight=found.step)
 
     def counts(self) -> dict[str, Counts]:
         return {
@@ -192,47 +242,68 @@ class _Collector:
         }
 
 
-def _session(
-    model: FloatModel, tensors: Sequence[str], threads: int | None
-) -> onnxruntime.InferenceSession:
-    augmented = onnx.ModelProto()
-    augmented.CopyFrom(model.proto)
-    existing = {output.name for output in augmented.graph.output}
-    inputs = {spec.name for spec in model.inputs}
+def _step(values: int, inputs: int) -> int:
+    """Distance of sampled values: 1 for a small tensor, otherwise odd.
+
+    Widths and channel counts are mostly even, so that an odd step visits all of them.
+    """
+    step = -(-values // (_SAMPLE * inputs))
+    return max(1, step | 1) if step > 1 else 1
+
+
+def _place(tensor: str) -> str:
+    return f"{tensor}__place"
+
+
+def _statistic(tensor: str, kind: str) -> str:
+    return f"{tensor}__{kind}"
+
+
+def _observed(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProto:
+    """The model with minimum, maximum and a strided sample of each tensor as outputs."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    graph = proto.graph
+    del graph.output[:]
+    flat = onnx.numpy_helper.from_array(np.array([-1]), "calibration__flat")
+    end = onnx.numpy_helper.from_array(np.array([np.iinfo(np.int64).max]), "calibration__end")
+    first = onnx.numpy_helper.from_array(np.array(0), "calibration__first")
+    second = onnx.numpy_helper.from_array(np.array(1), "calibration__second")
+    graph.initializer.extend([flat, end, first, second])
+    make = onnx.helper.make_node
     for tensor in tensors:
-        if tensor not in existing and tensor not in inputs:
-            augmented.graph.output.append(onnx.ValueInfoProto(name=tensor))
+        place, values = _place(tensor), f"{tensor}__values"
+        graph.input.append(
+            onnx.helper.make_tensor_value_info(place, onnx.TensorProto.INT64, [2, 1])
+        )
+        graph.node.extend(
+            [
+                make("ReduceMin", [tensor], [_statistic(tensor, "min")], keepdims=0),
+                make("ReduceMax", [tensor], [_statistic(tensor, "max")], keepdims=0),
+                make("Reshape", [tensor, flat.name], [values]),
+                make("Gather", [place, first.name], [f"{place}_start"], axis=0),
+                make("Gather", [place, second.name], [f"{place}_step"], axis=0),
+                make(
+                    "Slice",
+                    [values, f"{place}_start", end.name, "", f"{place}_step"],
+                    [_statistic(tensor, "sample")],
+                ),
+            ]
+        )
+        graph.output.extend(
+            onnx.ValueInfoProto(name=_statistic(tensor, kind)) for kind in ("min", "max", "sample")
+        )
+    return proto
+
+
+def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Fusing Conv and Relu is allowed; layouts that ONNX Runtime would have to convert back for
-    # every extra output are not worth it.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    # One batch on each core needs no synchronisation inside a layer.
+    options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(
-        augmented.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-
-
-def _run(
-    session: onnxruntime.InferenceSession,
-    tensors: Sequence[str],
-    batch: dict[str, NDArray[Any]],
-    model: FloatModel,
-) -> list[NDArray[np.float32]]:
-    computed = [tensor for tensor in tensors if tensor not in batch]
-    try:
-        outputs = dict(zip(computed, session.run(computed, batch), strict=True))
-    except Exception as error:  # ONNX Runtime's exceptions have no common base class
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"model {model.path}: cannot run a calibration input ({reason})"
-        ) from error
-    return [(outputs if tensor in outputs else batch)[tensor] for tensor in tensors]
-
-
-def _free_batch_axis(model: FloatModel) -> bool:
-    return all(spec.shape and spec.shape[0] is None for spec in model.inputs)
 
 
 def _fingerprint(

@@ -125,9 +125,16 @@ def from_dense(dense: NDArray[np.int64], minimum: float, maximum: float) -> Coun
     return Counts(bins.astype(np.uint16), dense[bins], minimum, maximum)
 
 
-def count_into(dense: NDArray[np.int64], values: NDArray[np.float32]) -> None:
-    """Adds `values` (any shape, C-contiguous float32) to `dense`, shape (BINS,), in place."""
+def count_into(dense: NDArray[np.int64], values: NDArray[np.float32], *, weight: int = 1) -> None:
+    """Adds `values` to `dense` in place.
+
+    Args:
+        dense: Counts of all bins, shape (BINS,).
+        values: C-contiguous, of any shape.
+        weight: How many values each of them stands for.
+    """
     halves = values.reshape(-1).view(np.uint16).reshape(-1, 2)
     upper = halves[:, 1 if np.little_endian else 0]
     for start in range(0, upper.size, _PIECE):
-        dense += np.bincount(upper[start : start + _PIECE], minlength=BINS)
+        counts = np.bincount(upper[start : start + _PIECE], minlength=BINS)
+        dense += counts if weight == 1 else weight * counts

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from optuna_quantune.evaluation.pipeline import ordered_map
+from optuna_quantune.pipeline import ordered_map
 
 
 def test_results_come_in_the_order_of_the_items_whatever_finishes_first() -> None:
