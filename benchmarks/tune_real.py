@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune_real DATA [--models NAME ...] [--n-trials 10]
 
-DATA is a folder with `models/models.json` (an object from model name to `file` and
-`preprocessing`), `imagenet-val/` and `imagenet-calibration/` (images with `labels.csv`). Results go
-to `benchmarks/results/tune_real/`: what the command printed, the trials as CSV, and a plot.
+DATA is a folder with `models/models.json` (from model name to `file` and `preprocessing`),
+`imagenet-val/` and `imagenet-calibration/` (images with `labels.csv`). Results go to
+`benchmarks/results/tune_real/`: what the command printed, the trials as CSV, and a plot.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import xlogy
 
 from optuna_quantune.quantization.config import Clipping
 from optuna_quantune.quantization.statistics import Histogram
@@ -84,30 +85,38 @@ def kl_threshold(edges: NDArray[np.float64], counts: NDArray[np.float64], *, lev
     Returns:
         The threshold, larger than 0 and at most the last edge.
     """
-    last = np.flatnonzero(counts)[-1] + 1
-    stops = np.unique(np.linspace(min(levels, last), last, 1 + _KL_BINS // 16).astype(int))
-    divergences = [_divergence(counts[:last], int(stop), levels) for stop in stops]
-    best = int(stops[int(np.argmin(divergences))])
+    last = int(np.flatnonzero(counts)[-1]) + 1
+    if last <= levels:  # every bin has a level of its own: clipping could only lose
+        return float(edges[last])
+    stops = np.unique(np.linspace(levels, last, 1 + _KL_BINS // 16).astype(np.int64))
+    best = stops[int(np.argmin(_divergences(counts, stops, levels)))]
     return float(edges[best])
 
 
-def _divergence(counts: NDArray[np.float64], stop: int, levels: int) -> float:
-    inside = counts[:stop]
-    mass = inside.sum()
-    if mass == 0:
-        return np.inf
-    reference = inside.copy()
-    reference[-1] += counts[stop:].sum()
-    starts = np.unique(-(-np.arange(levels) * stop // levels))
-    occupied = np.add.reduceat((inside > 0).astype(np.float64), starts)
-    level_mean = np.add.reduceat(inside, starts) / np.maximum(occupied, 1.0)
-    quantized = np.repeat(level_mean, np.diff(np.append(starts, stop))) * (inside > 0)
+def _divergences(
+    counts: NDArray[np.float64], stops: NDArray[np.int64], levels: int
+) -> NDArray[np.float64]:
+    """D(P || Q) for each candidate `stops`, the number of bins inside the threshold.
+
+    Within a level Q is constant over the occupied bins, so sums over bins are differences of
+    cumulative sums at the bounds of the levels, for all candidates at once.
+    """
+    cumulative = np.concatenate([[0.0], np.cumsum(counts)])
+    occupied = np.concatenate([[0.0], np.cumsum(counts > 0)])
+    entropy = np.concatenate([[0.0], np.cumsum(xlogy(counts, counts))])
+    bounds = -(-np.arange(levels + 1)[None, :] * stops[:, None] // levels)
+    mass = np.diff(cumulative[bounds], axis=1)
+    spread = mass / np.maximum(np.diff(occupied[bounds], axis=1), 1.0)
+    total, inside, last_bin = cumulative[-1], cumulative[stops], counts[stops - 1]
+    tail = total - inside
+    own = entropy[stops] - xlogy(last_bin, last_bin) + xlogy(last_bin + tail, last_bin + tail)
+    cross = xlogy(mass, spread).sum(axis=1) + xlogy(tail, spread[:, -1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        divergences = (own - cross) / total - np.log(total) + np.log(inside)
     # A tail that falls into an empty last bin has nothing to be represented by.
-    if quantized[-1] == 0 and reference[-1] > 0:
-        return np.inf
-    used = reference > 0
-    p, q = reference[used] / reference.sum(), quantized[used] / mass
-    return float(p @ np.log(p / q))
+    impossible = (inside == 0) | ((last_bin == 0) & (tail > 0))
+    result: NDArray[np.float64] = np.where(impossible, np.inf, divergences)
+    return result
 
 
 def _rebin(histogram: Histogram, grid: NDArray[np.float64]) -> NDArray[np.float64]:
