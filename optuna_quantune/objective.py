@@ -36,10 +36,12 @@ from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.latency import LatencyRatio
+from optuna_quantune.evaluation.metrics import class_scores
 from optuna_quantune.evaluation.metrics import margins
 from optuna_quantune.evaluation.metrics import measure
 from optuna_quantune.evaluation.metrics import Measurement
 from optuna_quantune.evaluation.metrics import near_chance
+from optuna_quantune.evaluation.metrics import top_k_correct
 from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.quantization.calibration import calibrate
@@ -55,6 +57,9 @@ from optuna_quantune.quantization.quantizer import QuantizedModel
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
 from optuna_quantune.search.configurations import PRIOR_FEATURE
+from optuna_quantune.selection import AGREES_KEY
+from optuna_quantune.selection import CORRECT_KEY
+from optuna_quantune.selection import pack
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import get_target
 from optuna_quantune.target import Target
@@ -69,6 +74,8 @@ DEFAULT_CACHE: Final = platformdirs.user_cache_dir("optuna-quantune")
 DROP_CONSTRAINT: Final = "accuracy_drop"
 # User attribute of a study: what its values were measured on.
 TASK_KEY: Final = "task"
+# The k of the top-k metrics.
+_RANKS: Final[dict[str, int]] = {"top1": 1, "top5": 5}
 # Intermediate values that a trial reports to its pruner.
 _REPORTS: Final = 10
 # Interleaved batch-1 runs of the float and the int8 model in each trial.
@@ -327,6 +334,17 @@ class QuantizationObjective:
         seconds["latency"] = time.perf_counter() - start
         for name, number in dataclasses.asdict(evaluation.measurement).items():
             trial.set_user_attr(name, number)
+        reference = self.float_evaluation.outputs
+        agrees = class_scores(evaluation.outputs).argmax(axis=1) == class_scores(reference).argmax(
+            axis=1
+        )
+        trial.set_user_attr(AGREES_KEY, pack(agrees))
+        labels = self.evaluation.labels
+        if self.metric == "agreement":
+            trial.set_user_attr(CORRECT_KEY, pack(agrees))
+        elif labels is not None and self.metric in _RANKS:
+            correct = top_k_correct(evaluation.outputs, labels, k=_RANKS[self.metric])
+            trial.set_user_attr(CORRECT_KEY, pack(correct))
         trial.set_user_attr("latency_ratio", latency.ratio)
         trial.set_user_attr("latency_ms", latency.median_ms)
         trial.set_user_attr("size_bytes", len(data))

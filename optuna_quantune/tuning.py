@@ -48,6 +48,7 @@ from optuna_quantune.objective import TrialFailure
 from optuna_quantune.objective import write_model
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
 
@@ -136,6 +137,9 @@ def tune(
 
     With a storage, a study of the same name goes on where it stopped: `n_trials` counts the
     trials that are finished already. Ctrl-C ends the search; the best model so far is written.
+
+    Of the trials that cannot be told from the best one, the fastest is chosen
+    (`optuna_quantune.selection.select`).
 
     Half of the evaluation inputs are kept out of the search when there are at least
     `SMALLEST_SPLIT`, so that the result can be reported on inputs that chose nothing.
@@ -262,31 +266,6 @@ def make_sampler(name: str, objective: QuantizationObjective, *, seed: int) -> B
     sampler = constructor(**arguments)
     assert isinstance(sampler, BaseSampler)
     return sampler
-
-
-def select(study: optuna.Study) -> tuple[FrozenTrial, bool]:
-    """The trial to deploy, and whether it meets the bound on the accuracy drop.
-
-    Under a bound the fastest trial within it is chosen; without one, or when no trial is within
-    it, the most accurate, and the faster of two equally accurate ones.
-
-    Raises:
-        InputError: If no trial of the study is complete.
-    """
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if not trials:
-        errors = [t.user_attrs["error"] for t in study.get_trials() if "error" in t.user_attrs]
-        reason = f"; the last one failed with: {errors[-1]}" if errors else ""
-        raise InputError(f"study {study.study_name!r}: no trial was completed{reason}")
-    bounded = [t for t in trials if t.constraints]
-    within = [t for t in bounded if all(value <= 0 for value in t.constraints.values())]
-    if within:
-        return min(within, key=_latency), True
-    return max(trials, key=lambda t: (t.value, -_latency(t))), not bounded
-
-
-def _latency(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs.get("latency_ratio", np.inf))
 
 
 def _split(n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,7 +14,6 @@ from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.space import SearchSpace
-from optuna_quantune.tuning import select
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
 
@@ -110,37 +109,6 @@ def test_an_interrupted_search_writes_the_best_so_far_and_owes_the_trial(  # typ
     assert not resumed.interrupted
     assert resumed.study.trials[3].params == owed
     assert resumed.study.trials[3].state == TrialState.COMPLETE
-
-
-def test_under_a_bound_the_fastest_trial_within_it_is_chosen() -> None:
-    study = optuna.create_study(direction="maximize")
-    for value, drop, latency in [(0.9, -0.01, 0.8), (0.89, -0.001, 0.5), (0.7, 0.19, 0.3)]:
-        trial = study.ask()
-        trial.set_constraint("accuracy_drop", drop)
-        trial.set_user_attr("latency_ratio", latency)
-        study.tell(trial, value)
-    trial, met = select(study)
-    assert (trial.value, met) == (0.89, True)
-
-
-def test_when_no_trial_is_within_the_bound_the_most_accurate_is_chosen_and_it_says_so() -> None:
-    study = optuna.create_study(direction="maximize")
-    for value, latency in [(0.5, 0.4), (0.6, 0.9), (0.6, 0.8)]:
-        trial = study.ask()
-        trial.set_constraint("accuracy_drop", 0.1)
-        trial.set_user_attr("latency_ratio", latency)
-        study.tell(trial, value)
-    trial, met = select(study)
-    assert (trial.number, met) == (2, False)
-
-
-def test_a_study_without_a_completed_trial_is_an_error_that_says_why() -> None:
-    study = optuna.create_study(direction="maximize", study_name="sad")
-    trial = study.ask()
-    trial.set_user_attr("error", "kernel not implemented")
-    study.tell(trial, state=TrialState.FAIL)
-    with pytest.raises(InputError, match="'sad': no trial was completed.*kernel not implemented"):
-        select(study)
 
 
 @pytest.mark.parametrize(
