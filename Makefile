@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-lowest lint clean
 
 help:  ## Show what there is to make.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed  ## Run the whole job on an embedded model: search, table, int8 model.
 	$(BIN)/optuna-quantune demo
@@ -16,6 +16,12 @@ demo: $(VENV)/.installed  ## Run the whole job on an embedded model: search, tab
 test: $(VENV)/.installed-dev  ## Lint, type-check and run the tests.
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2
+
+test-lowest:  ## Run the tests with the lowest versions that pyproject.toml admits.
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint tests/lowest.txt --editable '.[dev]'
+	.venv-lowest/bin/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev  ## Check style and types.
 	$(BIN)/ruff check .
@@ -34,4 +40,4 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 	@touch $@ $(VENV)/.installed
 
 clean:  ## Remove the virtual environment and caches.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .mypy_cache .pytest_cache .ruff_cache
