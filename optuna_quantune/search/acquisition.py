@@ -5,6 +5,8 @@ Everything is minimised and every score is a logarithm, larger is better.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erfcx
@@ -12,7 +14,7 @@ from scipy.special import log_ndtr
 from scipy.special import ndtr
 
 
-Array = NDArray[np.float64]
+Array: TypeAlias = NDArray[np.float64]
 
 # Weight of the sum in the augmented Tchebycheff norm; keeps weakly dominated points from tying
 # with Pareto-optimal ones (Knowles, ParEGO, IEEE TEC 10(1), 2006, section IV-A).

@@ -5,13 +5,15 @@ Arrays of codes (see ``SpaceEncoding``) in and out; nothing here knows of a stud
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
 from optuna_quantune.search.encoding import SpaceEncoding
 
 
-Codes = NDArray[np.float64]
+Codes: TypeAlias = NDArray[np.float64]
 
 # Spaces up to this size are enumerated and every configuration is scored.
 MAX_ENUMERATED = 100_000

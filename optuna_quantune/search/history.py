@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from optuna_quantune.search.encoding import SpaceEncoding
 
-Array = NDArray[np.float64]
+Array: TypeAlias = NDArray[np.float64]
 
 _PLAN_KEY = "quantune:params"
 # Values of system attributes must be shorter than 2046 characters in an RDBStorage.

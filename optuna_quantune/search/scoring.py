@@ -6,6 +6,8 @@ logarithm of its expected improvement times the probability that it is feasible 
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +23,7 @@ from optuna_quantune.search.surrogate import Surrogate
 from optuna_quantune.search.targets import TargetTransform
 
 
-Array = NDArray[np.float64]
+Array: TypeAlias = NDArray[np.float64]
 
 # Trials that the surrogate of the objectives is fitted to at most, as its cost grows with their
 # cube: half of them the best, half the latest of the rest.
