@@ -1,0 +1,72 @@
+"""The recorded tables, loaded: what `benchmarks.record` wrote."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from optuna_quantune.selection import unpack
+from optuna_quantune.space import SearchSpace
+
+
+FOLDER = Path(__file__).parent
+_TEXT_COLUMNS = {"correct": str, "agrees": str, "digest": str, "calibration_images": str}
+_NOT_FEATURES = ("top1", "top5", "agreement", "sqnr_db", "size_bytes")
+
+
+@dataclass(frozen=True)
+class Table:
+    """All 96 configurations of one model.
+
+    Attributes:
+        name: The model.
+        rows: One row a configuration, see the README of this folder.
+        float_model: What the rows share.
+    """
+
+    name: str
+    rows: pd.DataFrame
+    float_model: dict[str, Any]
+
+    def key(self, params: dict[str, Any]) -> int:
+        """Row number of a configuration."""
+        return self._index[tuple(str(params[knob]) for knob in SearchSpace.preset("quantune"))]
+
+    def correct(self, row: int) -> NDArray[np.bool_]:
+        """Which inputs a configuration classifies rightly, shape (inputs,)."""
+        return unpack(self.rows["correct"][row], self.float_model["inputs"])
+
+    def features(self, params: dict[str, Any]) -> dict[str, float]:
+        """The recorded predictions of the noise model for a configuration."""
+        row = self.rows.iloc[self.key(params)]
+        names = [c for c in self.rows if c.endswith("sqnr_db") and c not in _NOT_FEATURES]
+        return {name: float(row[name]) for name in [*names, "expected_agreement", "prior"]}
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, ...], int]:
+        knobs = list(SearchSpace.preset("quantune"))
+        return {tuple(map(str, row)): i for i, row in enumerate(self.rows[knobs].to_numpy())}
+
+
+def load(name: str) -> Table:
+    """A table by the name of its model."""
+    rows = pd.read_csv(FOLDER / f"{name}.csv", dtype=_TEXT_COLUMNS)
+    return Table(name, rows, json.loads((FOLDER / f"{name}.json").read_text()))
+
+
+def complete() -> list[str]:
+    """Names of the models whose tables have all 96 rows."""
+    size = SearchSpace.preset("quantune").size
+    names = []
+    for path in sorted(FOLDER.glob("*.csv")):
+        with path.open() as file:
+            if sum(1 for _ in file) - 1 == size:
+                names.append(path.stem)
+    return names
