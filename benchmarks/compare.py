@@ -119,8 +119,8 @@ def write(frame: pd.DataFrame, names: list[str]) -> None:
         f"`python -m benchmarks.compare`, {frame['seed'].nunique()} seeds, tables: "
         f"{', '.join(names)}.",
         "",
-        "Mean regret in points of top-1 accuracy on the half of the inputs that the search did not",
-        "see, with its standard error. It is counted from the best on that half itself, so no",
+        "Mean regret in points of top-1 accuracy on the half of the inputs that the search did",
+        "not see, with its standard error. It is counted from the best on that half itself, so no",
         "sampler can reach 0: what cannot be told apart on the seen half costs everyone alike.",
         "",
         "| sampler | " + " | ".join(f"{n} trials" for n in BUDGETS) + " |",

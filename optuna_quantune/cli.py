@@ -16,6 +16,7 @@ from typing import get_args
 from typing import TypeVar
 
 import click
+import onnx
 import optuna
 from rich.console import Console
 from rich.logging import RichHandler
@@ -33,8 +34,13 @@ from optuna_quantune.objective import Metric
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import write_model
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.lint import Finding
+from optuna_quantune.quantization.lint import lint_model
+from optuna_quantune.quantization.lint import lint_quantized
+from optuna_quantune.quantization.lint import load_quantized
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.report.console import config_lines
+from optuna_quantune.report.console import finding_lines
 from optuna_quantune.report.console import layers_table
 from optuna_quantune.report.console import predictions_table
 from optuna_quantune.report.console import result_table
@@ -230,8 +236,10 @@ def quantize_command(
             progress=progress,
             **options,
         )
-        write_model(objective.quantize(chosen).proto, path)
+        quantized = objective.quantize(chosen).proto
+        write_model(quantized, path)
     click.echo(f"wrote {path} ({Path(path).stat().st_size / 1e6:.2f} MB)")
+    _warn(lint_quantized(quantized, float_model=objective.model))
 
 
 @cli.command("inspect")
@@ -240,16 +248,37 @@ def quantize_command(
     "--calibration", metavar="DIR", help="Images for calibration: adds the predicted noise."
 )
 @click.option(
+    "--float-model",
+    metavar="PATH",
+    help="What a quantized MODEL was made from: finds activations that were lost.",
+)
+@click.option(
     "--space", default="quantune", help="Preset, or JSON file of knobs and choices, to predict."
 )
 @_data_options
 def inspect_command(
-    model: str, calibration: str | None, space: str, preprocessing: str | None, **options: Any
+    model: str,
+    calibration: str | None,
+    float_model: str | None,
+    space: str,
+    preprocessing: str | None,
+    **options: Any,
 ) -> None:
-    """Shows the layers of MODEL, and which configurations promise the least noise."""
+    """Shows what stands out in MODEL, its layers, and which configurations promise least noise.
+
+    Of a quantized MODEL, also one made by another tool, it shows what stands out.
+    """
     console = _stdout()
+    if (quantized := load_quantized(model)) is not None:
+        source = None if float_model is None else load_float_model(float_model)
+        _print_findings(console, lint_quantized(quantized, float_model=source))
+        return
+    if float_model is not None:
+        raise InputError(f"--float-model: model {model} is not a quantized model")
     if calibration is None:
-        console.print(layers_table(load_float_model(model)))
+        loaded = load_float_model(model)
+        console.print(layers_table(loaded))
+        _print_findings(console, lint_model(loaded))
         return
     with _progress() as progress:
         objective = _objective_without_evaluation(
@@ -262,6 +291,7 @@ def inspect_command(
         )
         _ = objective.quantizer
     console.print(layers_table(objective.model))
+    _print_findings(console, lint_model(objective.model))
     console.print(predictions_table(objective, _PREDICTIONS_SHOWN))
 
 
@@ -295,6 +325,8 @@ def _tune(
             **options,
         )
     _print_result(console, result, options.get("max_accuracy_drop"))
+    if result.path is not None:
+        _warn(lint_quantized(onnx.load(result.path), float_model=load_float_model(model)))
 
 
 def _print_result(console: Console, result: TuningResult, bound: float | None) -> None:
@@ -310,6 +342,16 @@ def _print_result(console: Console, result: TuningResult, bound: float | None) -
     if result.interrupted:
         console.print("The search was interrupted; this is the best model so far.")
     console.print(f"Wrote {result.path} after {result.seconds:.0f} s.", highlight=False)
+
+
+def _print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    lines = finding_lines(findings) or ["Nothing stands out."]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _warn(findings: Sequence[Finding]) -> None:
+    for line in finding_lines(item for item in findings if item.severity == "warning"):
+        click.echo(line, err=True)
 
 
 def _read_config(text: str) -> QuantizationConfig:

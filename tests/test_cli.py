@@ -15,9 +15,14 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import helper
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader
+from onnxruntime.quantization import quantize_static
+from onnxruntime.quantization import QuantType
 from PIL import Image
 
 from optuna_quantune.cli import main
+from optuna_quantune.quantization import lint
 from optuna_quantune.quantization.quantizer import CONFIG_KEY
 
 
@@ -28,6 +33,17 @@ RECIPE = {
     "channel_order": "RGB",
     "crop": 16,
 }
+
+
+CHOICES = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+
+
+class SingleBatch(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, inputs: NDArray[np.float64]) -> None:
+        self._batches = iter([{"input": inputs.astype(np.float32)}])
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        return next(self._batches, None)
 
 
 def normalized(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -107,6 +123,48 @@ def test_inspect_shows_layers_and_with_images_the_predicted_noise(
     images = ("--calibration", "images", "--preprocessing", "recipe.json")
     assert call(folder, "inspect", "model.onnx", *images, monkeypatch=monkeypatch) == 0
     assert "predicted SQNR dB" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_findings_of_a_float_and_of_a_quantized_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(folder / "model.onnx")
+    weight = next(item for item in model.graph.initializer if item.name == "project.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values[5] *= 1000.0
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, folder / "spread.onnx")
+    assert call(folder, "inspect", "spread.onnx", monkeypatch=monkeypatch) == 0
+    assert "[wide-channel-spread]" in capsys.readouterr().out
+
+    for symmetric, expected in ((False, "Nothing stands out."), (True, "[lost-activation]")):
+        reader = SingleBatch(np.random.default_rng(0).standard_normal((8, 3, 16, 16)))
+        options = {"CalibTensorRangeSymmetric": symmetric}
+        quantize_static(
+            folder / "model.onnx", folder / "q.onnx", reader, extra_options=options, **CHOICES
+        )
+        arguments = ("inspect", "q.onnx", "--float-model", "model.onnx")
+        assert call(folder, *arguments, monkeypatch=monkeypatch) == 0
+        assert expected in capsys.readouterr().out
+    assert (
+        call(folder, "inspect", "model.onnx", "--float-model", "x", monkeypatch=monkeypatch) == 2
+    )
+    assert "--float-model" in capsys.readouterr().err
+
+
+def test_quantize_and_tune_warn_of_the_model_that_they_wrote(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("quantize", "model.onnx", "--config", "{}", "--calibration", "images")
+    recipe = ("--preprocessing", "recipe.json")
+    for vnni, warned in ((True, False), (None, False), (False, True)):
+        monkeypatch.setattr(lint, "detect_vnni", lambda vnni=vnni: vnni)
+        assert call(folder, *arguments, *recipe, monkeypatch=monkeypatch) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert any(line.startswith("warning: layers 'stem'") for line in lines) == warned
+        assert any("[saturating-int8]" in line for line in lines) == warned
+    assert call(folder, *TUNE, monkeypatch=monkeypatch) == 0
+    assert "[saturating-int8]" in capsys.readouterr().err
 
 
 def quantized(folder: Path) -> None:

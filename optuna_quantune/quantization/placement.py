@@ -26,6 +26,7 @@ from onnxruntime.quantization.calibrate import save_tensors_data
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.calibrate import TensorsData
 
+from optuna_quantune.quantization.lint import check_node_names
 from optuna_quantune.quantization.model import FloatModel
 
 
@@ -104,7 +105,11 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
     Args:
         model: The prepared float model.
         float_nodes: Names of nodes that stay in float (``nodes_to_exclude``).
+
+    Raises:
+        InputError: If no node has one of these names.
     """
+    check_node_names(model, float_nodes)
     quantized = _run_quantize_static(model, float_nodes)
     graph = quantized.graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}

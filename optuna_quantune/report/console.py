@@ -1,4 +1,4 @@
-"""Tables for the terminal: trials, the chosen model beside float, a model's layers."""
+"""For the terminal: tables of trials, the chosen model, a model's layers; lines of findings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.table import Table
 
 from optuna_quantune.evaluation.metrics import Measurement
 from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.quantization.lint import channel_spread
+from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.tuning import Comparison
 from optuna_quantune.tuning import TuningResult
@@ -115,17 +117,20 @@ def layers_table(model: FloatModel) -> Table:
     table.add_column("channel range, max / median", justify="right")
     for layer in model.layers:
         weight = model.weights[layer.weight]
-        others = tuple(axis for axis in range(weight.ndim) if axis != layer.channel_axis)
-        ranges = np.abs(weight).max(axis=others)
-        spread = ranges.max() / max(float(np.median(ranges)), np.finfo(np.float32).tiny)
         table.add_row(
             layer.name,
             layer.op_type,
             "x".join(map(str, weight.shape)),
             f"{weight.size:,}",
-            f"{spread:.1f}",
+            f"{channel_spread(weight, layer.channel_axis):.1f}",
         )
     return table
+
+
+def finding_lines(findings: Iterable[Finding]) -> list[str]:
+    """One line for each finding of `lint`, warnings first."""
+    ordered = sorted(findings, key=lambda finding: finding.severity != "warning")
+    return [f"{finding.severity}: {finding.message} [{finding.rule}]" for finding in ordered]
 
 
 def predictions_table(objective: QuantizationObjective, limit: int) -> Table:

@@ -28,12 +28,13 @@ class ProgressBars:
             rich.progress.TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
         )
         self._tasks: dict[str, rich.progress.TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Moves the bar of a stage; a finished stage starts anew with the next call."""
+        if not self.console.is_terminal:
+            return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
@@ -41,7 +42,8 @@ class ProgressBars:
             self._bars.remove_task(self._tasks.pop(stage))
 
     def __enter__(self) -> Self:
-        self._bars.start()
+        if self.console.is_terminal:
+            self._bars.start()
         return self
 
     def __exit__(
@@ -50,4 +52,5 @@ class ProgressBars:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bars.stop()
+        if self.console.is_terminal:
+            self._bars.stop()

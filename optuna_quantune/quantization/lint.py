@@ -1,0 +1,516 @@
+"""Warnings about a float or quantized model that ONNX Runtime would take without a word.
+
+Each rule is a trap that was met and reproduced; `docs/lint.md` says for each what happens, why,
+and what to do. One finding stands for all nodes that a rule applies to.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from typing import Final
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import WEIGHTED_OPS
+
+
+# Largest channel range over the median one from which on a single scale is said to destroy the
+# layer: it leaves the median channel less than 16 of the 255 levels, so less than 4 bits.
+WIDE_SPREAD: Final = 16.0
+# A channel with less than this share of the median channel's weights computes nothing.
+_NEGLIGIBLE: Final = 1e-4
+# Largest sum of two int8 weights whose products with uint8 activations fit into int16 together.
+_LARGEST_PAIR: Final = np.iinfo(np.int16).max // np.iinfo(np.uint8).max
+_NAMES_SHOWN: Final = 3
+# Operators of the ``QOperator`` format: which input is the bias, and which the output's scale.
+_INTEGER_OPS: Final = {"QLinearConv": (8, 6), "QGemm": (6, 7), "QLinearMatMul": (None, 6)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is probably not what was wanted.
+
+    Attributes:
+        rule: Name of the rule, as in `docs/lint.md`.
+        message: One line: the nodes concerned, what follows, and what to do.
+        severity: ``warning`` where accuracy or speed is lost, ``info`` where that depends on the
+            device, or where nothing but a choice is without effect.
+    """
+
+    rule: str
+    message: str
+    severity: Literal["info", "warning"] = "warning"
+
+
+def lint_model(model: FloatModel) -> list[Finding]:
+    """What will make a float model hard to quantize."""
+    live = _live_weights(model)
+    return [*_wide_channel_spread(model, live), *_dead_channels(model, live)]
+
+
+def lint_quantized(
+    proto: onnx.ModelProto, *, float_model: FloatModel | None = None, vnni: bool | None = None
+) -> list[Finding]:
+    """What is wrong with a quantized model, whoever made it (Q/DQ or ``QOperator`` format).
+
+    ONNX Runtime is asked which layers it computes in float: a session is made, nothing is run.
+
+    Args:
+        proto: The quantized model.
+        float_model: What it was made from; without it, lost activations cannot be noticed.
+        vnni: Whether the processor that the model is for has VNNI instructions (on x86-64); None
+            asks this machine's.
+
+    Raises:
+        InputError: If ONNX Runtime cannot load the model.
+    """
+    graph = _QuantizedGraph(proto)
+    findings = [] if float_model is None else list(_lost_activations(graph, float_model))
+    rules: tuple[Callable[[_QuantizedGraph], Iterator[Finding]], ...] = (
+        _bias_overflow,
+        _bias_scale,
+        _weight_zero_points,
+        _computed_in_float,
+        _equal_scales,
+    )
+    findings += [finding for rule in rules for finding in rule(graph)]
+    findings += _saturating_pairs(graph, detect_vnni() if vnni is None else vnni)
+    return findings
+
+
+def load_quantized(path: str | Path) -> onnx.ModelProto | None:
+    """Reads a model that has quantized tensors; anything else gives None."""
+    try:
+        proto = onnx.load(path)
+    except (DecodeError, OSError, ValueError):
+        return None
+    quantized = any(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear", *_INTEGER_OPS)
+        for node in proto.graph.node
+    )
+    return proto if quantized else None
+
+
+def check_node_names(model: FloatModel, names: Sequence[str]) -> None:
+    """Refuses names that no node has; ``quantize_static(nodes_to_exclude=...)`` ignores them.
+
+    Raises:
+        InputError: If a name matches no node.
+    """
+    known = [node.name for node in model.proto.graph.node]
+    for name in names:
+        if name not in known:
+            alike = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise InputError(f"model {model.path}: no node {name!r}; did you mean {alike[0]!r}?")
+
+
+def channel_spread(weight: NDArray[np.float32], channel_axis: int) -> float:
+    """Largest range of an output channel over the median one, at least 1."""
+    others = tuple(axis for axis in range(weight.ndim) if axis != channel_axis)
+    ranges = np.abs(weight).max(axis=others)
+    return float(ranges.max() / max(float(np.median(ranges)), np.finfo(np.float32).tiny))
+
+
+def detect_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether this x86-64 processor has VNNI; None where that cannot be told."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return None
+    flags = next((line.split() for line in lines if line.startswith("flags")), None)
+    return None if flags is None else bool({"avx512_vnni", "avx_vnni"} & set(flags))
+
+
+def _live_weights(model: FloatModel) -> dict[str, NDArray[np.float32]]:
+    """Weights by layer, with 0 where they meet input channels that are always 0.
+
+    A channel of a convolution without weights worth mentioning and without a positive bias is 0
+    behind its Relu. Folding a batch normalization whose gamma went to 0 leaves such channels, and
+    nothing in training held the weights that read them.
+    """
+    constants = _constants(model.proto)
+    activations = {n.output[0]: n for n in model.proto.graph.node if n.op_type in ("Relu", "Clip")}
+    layers = {layer.output: layer for layer in model.layers if layer.op_type == "Conv"}
+    live: dict[str, NDArray[np.float32]] = {}
+    for layer in model.layers:
+        live[layer.name] = model.weights[layer.weight]
+        activation = activations.get(layer.input)
+        if layer.op_type != "Conv" or activation is None:
+            continue
+        before = layers.get(activation.input[0])
+        if before is None or _bounds(activation, constants)[0] != 0:
+            continue
+        weight = model.weights[before.weight]
+        sizes = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)))
+        dead = sizes <= _NEGLIGIBLE * np.median(sizes)
+        if before.bias is not None:
+            dead &= model.weights[before.bias] <= 0
+        live[layer.name] = _without(live[layer.name], layer.groups, np.flatnonzero(dead))
+    return live
+
+
+def _without(
+    weight: NDArray[np.float32], groups: int, inputs: NDArray[np.intp]
+) -> NDArray[np.float32]:
+    """A convolution's weight, shape (outputs, inputs / groups, ...), blind to some inputs."""
+    grouped = weight.reshape(groups, -1, *weight.shape[1:]).copy()
+    width = weight.shape[1]
+    grouped[inputs // width, :, inputs % width] = 0
+    return grouped.reshape(weight.shape)
+
+
+def _wide_channel_spread(
+    model: FloatModel, live: dict[str, NDArray[np.float32]]
+) -> Iterator[Finding]:
+    spreads = {
+        layer.name: channel_spread(live[layer.name], layer.channel_axis) for layer in model.layers
+    }
+    wide = [name for name, spread in spreads.items() if spread > WIDE_SPREAD]
+    if wide:
+        yield Finding(
+            "wide-channel-spread",
+            f"{_layers(wide)}: the largest channel reaches up to "
+            f"{max(spreads[name] for name in wide):.0f} times as far as the median one, which has "
+            "less than 4 bits left under a single scale; use one scale for each channel "
+            "(granularity 'channel') or keep the layer in float",
+        )
+
+
+def _dead_channels(model: FloatModel, live: dict[str, NDArray[np.float32]]) -> Iterator[Finding]:
+    bits: dict[str, float] = {}
+    for layer in model.layers:
+        reach, needed = np.abs(model.weights[layer.weight]).max(), np.abs(live[layer.name]).max()
+        if needed > 0 and reach >= 2 * needed:
+            bits[layer.name] = float(np.log2(reach / needed))
+    if bits:
+        yield Finding(
+            "dead-channel",
+            f"{_layers(list(bits))}: the largest weights meet inputs that are always 0 and cost a "
+            f"single scale up to {max(bits.values()):.1f} bits for nothing; set them to 0 in the "
+            "float model or use one scale for each channel (granularity 'channel')",
+        )
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """Scale and zero point of a tensor, and its integers if it is a constant."""
+
+    name: str
+    scale: NDArray[Any]
+    zero_point: NDArray[Any]
+    integers: NDArray[Any] | None
+
+
+@dataclass(frozen=True)
+class _QuantizedLayer:
+    """A layer whose weight is stored as integers; `bias_scale` is None where it is implied."""
+
+    name: str
+    op_type: str
+    groups: int
+    input: _Quantized | None
+    weight: _Quantized
+    bias: NDArray[Any] | None
+    bias_scale: NDArray[Any] | None
+
+
+class _QuantizedGraph:
+    """A quantized model as the rules look at it."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self.proto = proto
+        self._constants = _constants(proto)
+        self._dequantizers = {
+            node.output[0]: node for node in proto.graph.node if node.op_type == "DequantizeLinear"
+        }
+
+    @cached_property
+    def layers(self) -> list[_QuantizedLayer]:
+        return [layer for node in self.proto.graph.node if (layer := self._layer(node))]
+
+    @cached_property
+    def activations(self) -> dict[str, _Quantized]:
+        """Parameters by the name that the tensor has in a float model."""
+        found: dict[str, _Quantized | None] = {}
+        for node in self.proto.graph.node:
+            if node.op_type == "QuantizeLinear":
+                found[node.input[0]] = self._quantized("", *node.input[1:3])
+            elif node.op_type in _INTEGER_OPS:
+                _, at = _INTEGER_OPS[node.op_type]
+                tensor = node.output[0].removesuffix("_quantized")
+                found[tensor] = self._quantized("", *node.input[at : at + 2])
+        return {tensor: parameters for tensor, parameters in found.items() if parameters}
+
+    @cached_property
+    def computed_in_float(self) -> list[_QuantizedLayer]:
+        """Layers for which ONNX Runtime dequantizes the weight instead of using its integers."""
+        kept = {
+            node.input[0]
+            for node in _optimized(self.proto).graph.node
+            if node.op_type == "DequantizeLinear"
+        }
+        return [layer for layer in self.layers if layer.weight.name in kept]
+
+    def _layer(self, node: onnx.NodeProto) -> _QuantizedLayer | None:
+        inputs = [*node.input, *[""] * 9]  # those left out at the end are named by nothing
+        bias: _Quantized | None = None
+        integers = None
+        if node.op_type in _INTEGER_OPS:
+            at, _ = _INTEGER_OPS[node.op_type]
+            data, weight = self._quantized(*inputs[:3]), self._quantized(*inputs[3:6])
+            integers = None if at is None else self._constants.get(inputs[at])
+        elif node.op_type in WEIGHTED_OPS:
+            data, weight, bias = (self._dequantized(name) for name in inputs[:3])
+            integers = None if bias is None else bias.integers
+        else:
+            return None
+        if weight is None or weight.integers is None:
+            return None
+        return _QuantizedLayer(
+            name=node.name or node.output[0],
+            op_type=node.op_type,
+            groups=next((a.i for a in node.attribute if a.name == "group"), 1),
+            input=data,
+            weight=weight,
+            bias=integers,
+            bias_scale=None if bias is None else bias.scale,
+        )
+
+    def _dequantized(self, tensor: str) -> _Quantized | None:
+        node = self._dequantizers.get(tensor)
+        return None if node is None else self._quantized(*node.input)
+
+    def _quantized(self, name: str, scale: str, zero_point: str = "") -> _Quantized | None:
+        if scale not in self._constants:
+            return None
+        integers = self._constants.get(name)
+        default = np.zeros((), np.uint8 if integers is None else integers.dtype)
+        return _Quantized(
+            name, self._constants[scale], self._constants.get(zero_point, default), integers
+        )
+
+
+def _lost_activations(graph: _QuantizedGraph, model: FloatModel) -> Iterator[Finding]:
+    constants = _constants(model.proto)
+    nodes = [node for node in graph.proto.graph.node if node.op_type in ("Relu", "Clip")]
+    there = {node.name for node in nodes} | {name for node in nodes for name in node.output}
+    lost: list[str] = []
+    for node in model.proto.graph.node:
+        if node.op_type not in ("Relu", "Clip") or {node.name, node.output[0]} & there:
+            continue
+        parameters = graph.activations.get(node.output[0], graph.activations.get(node.input[0]))
+        if parameters is None:
+            continue
+        limits = np.iinfo(parameters.zero_point.dtype)
+        scale, zero_point = float(parameters.scale), int(parameters.zero_point)
+        low, high = scale * (limits.min - zero_point), scale * (limits.max - zero_point)
+        bounds = _bounds(node, constants)
+        # Half a step is what rounding the zero point may move the ends by.
+        if low < bounds[0] - 0.5 * scale or high > bounds[1] + 0.5 * scale:
+            lost.append(node.name)
+    if lost:
+        yield Finding(
+            "lost-activation",
+            f"{_nodes('activation', lost)}: removed by the quantizer, though the integers "
+            "represent values that it cut off; quantize with QDQKeepRemovableActivations=True",
+        )
+
+
+def _bias_overflow(graph: _QuantizedGraph) -> Iterator[Finding]:
+    limits = np.iinfo(np.int32)
+    full = [
+        layer.name
+        for layer in graph.layers
+        if layer.bias is not None
+        and layer.bias.dtype == np.int32
+        and np.any((layer.bias == limits.min) | (layer.bias == limits.max))
+    ]
+    if full:
+        yield Finding(
+            "bias-overflow",
+            f"{_layers(full)}: a bias does not fit into int32 and is cut off; enlarge the "
+            "weights' scale of that channel (leave QDQDisableWeightAdjustForInt32Bias off)",
+        )
+
+
+def _bias_scale(graph: _QuantizedGraph) -> Iterator[Finding]:
+    odd = [layer.name for layer in graph.layers if _has_own_bias_scale(layer)]
+    if odd:
+        yield Finding(
+            "bias-scale",
+            f"{_layers(odd)}: the bias has another scale than input times weight, so that it "
+            "cannot be added to the int32 sums and ONNX Runtime computes the layer in float; "
+            "store the bias with the product of both scales",
+        )
+
+
+def _weight_zero_points(graph: _QuantizedGraph) -> Iterator[Finding]:
+    uneven = [layer.name for layer in graph.layers if _has_uneven_zero_points(layer)]
+    if uneven:
+        yield Finding(
+            "weight-zero-point",
+            f"{_layers(uneven)}: channels of the weight have different zero points, for which "
+            "ONNX Runtime has no integer kernel, so that it computes the layer in float; use "
+            "symmetric weights",
+        )
+
+
+def _computed_in_float(graph: _QuantizedGraph) -> Iterator[Finding]:
+    unexplained = [
+        layer
+        for layer in graph.computed_in_float
+        if not _has_own_bias_scale(layer) and not _has_uneven_zero_points(layer)
+    ]
+    signed = [layer.name for layer in unexplained if _activation_dtype(layer) == np.int8]
+    if signed:
+        yield Finding(
+            "int8-activations",
+            f"{_layers(signed)}: ONNX Runtime on this machine computes layers with int8 "
+            "activations in float, slower than the float model; for x86-64 store activations as "
+            "uint8 (all integers and zero points moved by 128)",
+            severity="info",
+        )
+    wide = [
+        layer.name
+        for layer in unexplained
+        if _activation_dtype(layer) in (np.dtype(np.int16), np.dtype(np.uint16))
+    ]
+    if wide:
+        yield Finding(
+            "computed-in-float",
+            f"{_layers(wide)}: ONNX Runtime computes layers with 16-bit activations in float, "
+            "slower than the float model; use 8 bits unless the accuracy is worth it",
+        )
+    others = [
+        f"{layer.name} ({layer.op_type})"
+        for layer in unexplained
+        if layer.name not in signed and layer.name not in wide
+    ]
+    if others:
+        yield Finding(
+            "computed-in-float",
+            f"{_layers(others)}: stored as integers, but ONNX Runtime has no integer kernel for "
+            "it as it stands and computes it in float, slower than the float model; quantize its "
+            "input and output too, or leave it in float",
+        )
+
+
+def _equal_scales(graph: _QuantizedGraph) -> Iterator[Finding]:
+    equal = [
+        layer.name
+        for layer in graph.layers
+        if layer.weight.scale.size > 1 and np.ptp(layer.weight.scale) == 0
+    ]
+    if equal:
+        yield Finding(
+            "equal-scales",
+            f"{_layers(equal)}: all channels of the weight have the same scale, so that "
+            "per-channel quantization is without effect there",
+            severity="info",
+        )
+
+
+def _saturating_pairs(graph: _QuantizedGraph, vnni: bool | None) -> Iterator[Finding]:
+    saturating = [layer.name for layer in graph.layers if not vnni and _may_saturate(layer)]
+    if saturating:
+        processor = "this processor has no VNNI" if vnni is False else "on x86-64 without VNNI"
+        yield Finding(
+            "saturating-int8",
+            f"{_layers(saturating)}: {processor}, where ONNX Runtime adds pairs of uint8 x int8 "
+            "products in int16 and large weights saturate; use 7-bit weights (reduce_range=True) "
+            "or uint8 weights",
+            severity="info" if vnni is None else "warning",
+        )
+
+
+def _may_saturate(layer: _QuantizedLayer) -> bool:
+    """Whether two products of uint8 activations and weights can leave int16 together.
+
+    Depthwise convolutions have a kernel of their own that does not add in pairs; uint8 weights
+    are widened first.
+    """
+    integers = layer.weight.integers
+    assert integers is not None
+    if _activation_dtype(layer) != np.uint8 or integers.dtype != np.int8:
+        return False
+    if layer.groups == integers.shape[0] > 1:
+        return False
+    # Which weights meet in a pair is the kernel's choice; the largest two of a sign bound it.
+    outermost = np.sort(integers, axis=None).astype(np.int64)
+    pairs = max(int(outermost[-2:].sum()), -int(outermost[:2].sum()))
+    return pairs > _LARGEST_PAIR
+
+
+def _has_own_bias_scale(layer: _QuantizedLayer) -> bool:
+    if layer.bias_scale is None or layer.input is None:
+        return False
+    product = layer.input.scale * layer.weight.scale
+    return not np.allclose(layer.bias_scale, product, rtol=1e-3, atol=0)
+
+
+def _has_uneven_zero_points(layer: _QuantizedLayer) -> bool:
+    return bool(np.any(layer.weight.zero_point != layer.weight.zero_point.flat[0]))
+
+
+def _activation_dtype(layer: _QuantizedLayer) -> np.dtype[Any] | None:
+    return None if layer.input is None else layer.input.zero_point.dtype
+
+
+def _optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """What ONNX Runtime makes of a model before memory layouts are chosen."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(path)
+        try:
+            onnxruntime.InferenceSession(
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            reason = str(error).splitlines()[0]
+            raise InputError(f"ONNX Runtime cannot load the quantized model ({reason})") from error
+        return onnx.load(path)
+
+
+def _constants(proto: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    for node in proto.graph.node:  # where other tools put scales
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    return found
+
+
+def _bounds(node: onnx.NodeProto, constants: dict[str, NDArray[Any]]) -> tuple[float, float]:
+    """What a Relu or Clip cuts off at; infinite where it does not, or that is computed."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    low, high = (*node.input[1:3], "", "")[:2]
+    return float(constants.get(low, -np.inf)), float(constants.get(high, np.inf))
+
+
+def _layers(names: Sequence[str]) -> str:
+    return _nodes("layer", names)
+
+
+def _nodes(kind: str, names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return f"{kind}{'s' * (len(names) > 1)} {shown}" + (f" and {more} more" if more > 0 else "")
