@@ -1,6 +1,6 @@
 """Records tables: every configuration of the `quantune` preset of a model, measured exactly.
 
-    python -m benchmarks.record DATA [--models NAME ...] [--limit N]
+    python -m benchmarks.record DATA [--models NAME ...] [--limit N] [--refresh]
 
 DATA is a folder of `models/models.json`, `imagenet-val/`, `imagenet-calibration/`, `cifar10/`;
 the model `demo` needs none. Tables go to `benchmarks/tables/MODEL.csv`, one row a
@@ -54,10 +54,16 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--limit", type=int, help="stop after this many new rows of each model")
+    parser.add_argument(
+        "--refresh", action="store_true", help="only predict anew; measured columns stay"
+    )
     parser.add_argument("--cache", type=Path, help="folder of calibration statistics")
     arguments = parser.parse_args()
     TABLES.mkdir(exist_ok=True)
     for name in arguments.models:
+        if arguments.refresh:
+            refresh(name, arguments.data, arguments.cache)
+            continue
         record(name, arguments.data, arguments.cache, arguments.limit)
 
 
@@ -106,6 +112,25 @@ def record(name: str, data: Path, cache: Path | None, limit: int | None) -> None
         }
         append(table, row)
         print(f"{name} {key(params)} {row['top1']:.4f} {row['agreement']:.4f}", flush=True)
+
+
+def refresh(name: str, data: Path, cache: Path | None) -> None:
+    """Replaces the predictions of a recorded table by those of the present noise model."""
+    table = TABLES / f"{name}.csv"
+    path, calibration, evaluation = sources(name, data)
+    objective = QuantizationObjective(
+        path, calibration=calibration, evaluation=evaluation, cache=cache
+    )
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    by_key = {key(params): params for params in objective.space.grid()}
+    for row in rows:
+        features = objective.features(by_key[key(row)])
+        row.update({k: str(round(v, 4)) for k, v in features.items()})
+    with table.open("w") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def key(row: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,14 @@ from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.evaluation.runner import run
 
 
-BESIDE_CHECKOUT = Path(__file__).resolve().parents[3] / "shared" / "data"
-DATA = Path(os.environ.get("OPTUNA_QUANTUNE_DATA", BESIDE_CHECKOUT))
-
-
 @pytest.mark.shared_data
-@pytest.mark.skipif(
-    not (DATA / "models" / "models.json").is_file(),
-    reason=f"no models and images in {DATA} (OPTUNA_QUANTUNE_DATA names another folder)",
-)
-def test_squeezenet_has_its_accuracy_on_real_images_and_loses_it_with_a_wrong_recipe() -> None:
-    recipe = json.loads((DATA / "models" / "models.json").read_text())["squeezenet1_1"]
+def test_squeezenet_has_its_accuracy_on_real_images_and_loses_it_with_a_wrong_recipe(
+    shared_data: Path,
+) -> None:
+    recipe = json.loads((shared_data / "models" / "models.json").read_text())["squeezenet1_1"]
     preprocessing = {**recipe["preprocessing"], "resize_short_side": None}
-    session = make_session(DATA / "models" / recipe["file"])
-    images = ImageFolder(DATA / "imagenet-val", preprocessing=preprocessing, limit=100)
+    session = make_session(shared_data / "models" / recipe["file"])
+    images = ImageFolder(shared_data / "imagenet-val", preprocessing=preprocessing, limit=100)
     outputs = run(session, images)["logits"]
     measurement = measure(outputs, reference=outputs, labels=images.labels)
     assert measurement.top1 is not None
@@ -34,7 +27,7 @@ def test_squeezenet_has_its_accuracy_on_real_images_and_loses_it_with_a_wrong_re
     assert not near_chance(measurement.top1, measurement.n, outputs.shape[1])
 
     wrong = ImageFolder(
-        DATA / "imagenet-val", preprocessing={**preprocessing, "scale": 1 / 255}, limit=40
+        shared_data / "imagenet-val", preprocessing={**preprocessing, "scale": 1 / 255}, limit=40
     )
     outputs = run(session, wrong)["logits"]
     top1 = measure(outputs, reference=outputs, labels=wrong.labels).top1
