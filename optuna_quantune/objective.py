@@ -44,8 +44,10 @@ from optuna_quantune.evaluation.metrics import near_chance
 from optuna_quantune.evaluation.metrics import top_k_correct
 from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
+from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.equalization import equalize
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import expected_agreement
@@ -181,6 +183,10 @@ class QuantizationObjective:
         self._batch_size = batch_size
         self._progress = progress or (lambda stage, done, total: None)
         self._lock = threading.RLock()
+        # By the value of the knob `equalization`, which changes the float model and with it
+        # everything that is measured on it.
+        self._quantizers: dict[bool, Quantizer] = {}
+        self._noise_models: dict[bool, NoiseModel] = {}
 
     def prepare(self) -> None:
         """Does what all trials share, once: float outputs, calibration, the probe for noise.
@@ -192,7 +198,8 @@ class QuantizationObjective:
         """
         with self._lock:
             _ = self.float_evaluation
-            _ = self.noise
+            for equalized in self._choices("equalization", default=False):
+                self._noise(equalized=equalized)
 
     @cached_property
     def float_evaluation(self) -> Evaluation:
@@ -209,33 +216,45 @@ class QuantizationObjective:
                 )
         return evaluation
 
-    @cached_property
+    @property
     def quantizer(self) -> Quantizer:
-        """Builds configurations of the model; the first access calibrates."""
-        with self._lock:
-            statistics = calibrate(
-                self.model,
-                self.calibration,
-                required_activations(place(self.model)),
-                sizes=self._calibration_sizes(),
-                cache=self._cache,
-                progress=lambda done, total: self._progress("calibration", done, total),
-            )
-            return Quantizer(
-                self.model, statistics, activation_storage=self.target.activation_storage
-            )
+        """Builds configurations of the model without equalization; the first use calibrates."""
+        return self._quantizer(equalized=False)
 
-    @cached_property
-    def noise(self) -> NoiseModel:
-        """Predicts the noise of configurations; the first access probes the float model."""
-        first = np.arange(min(PROBE_INPUTS, len(self.calibration)))
-        gains = probe(
-            self.model,
-            list(self.calibration.batches(1, first)),
-            list(self.quantizer.statistics.segments),
-            progress=lambda done, total: self._progress("probe", done, total),
-        )
-        return NoiseModel(self.quantizer, gains)
+    def _quantizer(self, *, equalized: bool) -> Quantizer:
+        with self._lock:
+            if equalized not in self._quantizers:
+                model = equalize(self.model, self.calibration) if equalized else self.model
+                statistics = calibrate(
+                    model,
+                    self.calibration,
+                    required_activations(place(model)),
+                    sizes=self._calibration_sizes(),
+                    cache=self._cache,
+                    progress=lambda done, total: self._progress("calibration", done, total),
+                )
+                self._quantizers[equalized] = Quantizer(
+                    model,
+                    statistics,
+                    activation_storage=self.target.activation_storage,
+                    bias_correction=BiasCorrection(model, self.calibration),
+                    equalized=equalized,
+                )
+            return self._quantizers[equalized]
+
+    def _noise(self, *, equalized: bool) -> NoiseModel:
+        with self._lock:
+            if equalized not in self._noise_models:
+                quantizer = self._quantizer(equalized=equalized)
+                first = np.arange(min(PROBE_INPUTS, len(self.calibration)))
+                gains = probe(
+                    quantizer.model,
+                    list(self.calibration.batches(1, first)),
+                    quantizer.clipping_ranges(),
+                    progress=lambda done, total: self._progress("probe", done, total),
+                )
+                self._noise_models[equalized] = NoiseModel(quantizer, gains)
+            return self._noise_models[equalized]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -261,8 +280,9 @@ class QuantizationObjective:
         Args:
             params: Parameters of a trial of `space`.
         """
+        config = self.space.config(params)
         with self._lock:
-            prediction = self.noise.predict(self.space.config(params))
+            prediction = self._noise(equalized=config.equalization).predict(config)
         features = prediction.features()
         if self.metric == "sqnr_db":
             return features | {PRIOR_FEATURE: features["predicted_sqnr_db"]}
@@ -280,7 +300,7 @@ class QuantizationObjective:
     def quantize(self, config: QuantizationConfig) -> QuantizedModel:
         """Builds the int8 model of a configuration."""
         with self._lock:  # placements and ranges are shared between threads
-            return self.quantizer.quantize(config)
+            return self._quantizer(equalized=config.equalization).quantize(config)
 
     def evaluate(self, model: onnx.ModelProto | Path) -> Evaluation:
         """Measures a model, or a model file, on the evaluation inputs."""
@@ -402,11 +422,15 @@ class QuantizationObjective:
             )
 
     def _calibration_sizes(self) -> list[int | str]:
-        choices: list[int | str] = [QuantizationConfig().calibration_images]
-        distribution = self.space.get("calibration_images")
+        default = QuantizationConfig().calibration_images
+        return [default, *self._choices("calibration_images", default=default)]
+
+    def _choices(self, knob: str, *, default: Any) -> tuple[Any, ...]:
+        """The values that a knob can have in the space."""
+        distribution = self.space.get(knob)
         if isinstance(distribution, CategoricalDistribution):
-            choices += [c for c in distribution.choices if isinstance(c, int | str)]
-        return choices
+            return distribution.choices
+        return (default,)
 
     def outputs(
         self,

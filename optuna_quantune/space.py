@@ -24,17 +24,22 @@ from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import QuantizationConfig
 
 
-_PRESETS: Final[Mapping[str, Mapping[str, Sequence[Any]]]] = MappingProxyType(
+# The space of Quantune (arXiv 2202.05048): 3 * 4 * 2 * 2 * 2 = 96 configurations.
+_QUANTUNE: Final[Mapping[str, Sequence[Any]]] = MappingProxyType(
     {
-        # The space of Quantune (arXiv 2202.05048): 3 * 4 * 2 * 2 * 2 = 96 configurations.
-        "quantune": {
-            "calibration_images": (1, 32, ALL_IMAGES),
-            "scheme": ("asymmetric", "symmetric", "symmetric_uint8", "symmetric_power2"),
-            "clipping": ("max", "kl"),
-            "granularity": ("tensor", "channel"),
-            "mixed_precision": ("none", "first_last"),
-        },
+        "calibration_images": (1, 32, ALL_IMAGES),
+        "scheme": ("asymmetric", "symmetric", "symmetric_uint8", "symmetric_power2"),
+        "clipping": ("max", "kl"),
+        "granularity": ("tensor", "channel"),
+        "mixed_precision": ("none", "first_last"),
     }
+)
+# With the corrections: 4 * 96 = 384 configurations.
+_EXTENDED: Final[Mapping[str, Sequence[Any]]] = MappingProxyType(
+    {**_QUANTUNE, "bias_correction": (False, True), "equalization": (False, True)}
+)
+_PRESETS: Final[Mapping[str, Mapping[str, Sequence[Any]]]] = MappingProxyType(
+    {"quantune": _QUANTUNE, "extended": _EXTENDED}
 )
 
 
@@ -78,7 +83,8 @@ class SearchSpace(Mapping[str, BaseDistribution]):
         """A search space by name.
 
         Args:
-            name: ``quantune``, the 96 configurations of the paper.
+            name: ``quantune``, the 96 configurations of the paper, or ``extended``, the same with
+                and without bias correction and equalization.
 
         Raises:
             InputError: If there is no such preset.

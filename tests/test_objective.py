@@ -86,6 +86,28 @@ def test_without_labels_the_agreement_is_the_value(
     assert trial.user_attrs["top1"] is None
 
 
+def test_every_value_of_the_corrections_builds_another_model_of_the_same_task(
+    toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    space = SearchSpace({"equalization": [False, True], "bias_correction": [False, True]})
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs[:40]),
+        evaluation=ArrayInputs(toy_inputs),
+        space=space,
+        cache=None,
+    )
+    grid = {name: list(d.choices) for name, d in space.items()}  # type: ignore[attr-defined]
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.GridSampler(grid, seed=0)
+    )
+    study.optimize(objective)
+    attributes = [trial.user_attrs for trial in study.trials]
+    assert len({a["digest"] for a in attributes}) == 4
+    assert len({a["prior"] for a in attributes}) == 4
+    assert all(a["sqnr_db"] > 20.0 for a in attributes)
+
+
 def test_a_configuration_that_builds_the_same_model_takes_the_earlier_result(
     toy_model: Path, toy_inputs: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,15 @@ def test_the_quantune_preset_is_96_different_configurations() -> None:
     assert len(configs) == space.size == 96
 
 
+def test_the_extended_preset_is_the_quantune_preset_with_corrections() -> None:
+    space = SearchSpace.preset("extended")
+    configs = {space.config(params) for params in space.grid()}
+    assert len(configs) == space.size == 384
+    plain = {c for c in configs if not c.bias_correction and not c.equalization}
+    quantune = SearchSpace.preset("quantune")
+    assert plain == {quantune.config(params) for params in quantune.grid()}
+
+
 def test_a_space_is_a_mapping_that_grid_sampler_takes() -> None:
     space = SearchSpace({"scheme": ["symmetric", "asymmetric"], "clipping": ["max", "kl"]})
     grid = {name: list(d.choices) for name, d in space.items()}  # type: ignore[attr-defined]
@@ -40,6 +49,8 @@ def test_knobs_left_out_keep_their_default() -> None:
         ({"clippng": ["max"]}, "unknown knob 'clippng': use one of calibration_images, scheme"),
         ({"scheme": ["max"]}, "knob 'scheme': 'max' is not one of asymmetric, symmetric"),
         ({"calibration_images": [0]}, "neither a positive integer nor 'all'"),
+        ({"bias_correction": ["yes"]}, "knob 'bias_correction': 'yes' is neither true nor false"),
+        ({"equalization": [1]}, "knob 'equalization': 1 is neither true nor false"),
         ({"scheme": "symmetric"}, "give a list of choices"),
         ({"scheme": []}, "give a list of choices"),
         ({"speed": IntDistribution(0, 3)}, "unknown knob 'speed'"),

@@ -1,4 +1,4 @@
-"""What one quantization configuration is: the knobs of Quantune (arXiv 2202.05048)."""
+"""What one quantization configuration is: Quantune's knobs (arXiv 2202.05048) and corrections."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class QuantizationConfig:
             (``channel``). Activations always have one scale.
         mixed_precision: Which layers stay in float: ``none``, or the first and the last
             (``first_last``).
+        bias_correction: Whether the mean error that each quantized weight makes in its layer is
+            taken off the layer's bias (`bias_correction.py`).
+        equalization: Whether the channels of activations are rescaled to similar ranges first
+            (`equalization.py`).
     """
 
     calibration_images: int | Literal["all"] = ALL_IMAGES
@@ -47,6 +51,8 @@ class QuantizationConfig:
     clipping: Clipping = "max"
     granularity: Granularity = "channel"
     mixed_precision: MixedPrecision = "none"
+    bias_correction: bool = False
+    equalization: bool = False
 
     def __post_init__(self) -> None:
         size = self.calibration_images
@@ -60,6 +66,10 @@ class QuantizationConfig:
                 raise InputError(
                     f"knob '{knob}': {getattr(self, knob)!r} is not one of {', '.join(allowed)}"
                 )
+        for knob in ("bias_correction", "equalization"):
+            value = getattr(self, knob)
+            if type(value) is not bool:
+                raise InputError(f"knob '{knob}': {value!r} is neither true nor false")
 
     @classmethod
     def from_dict(cls, knobs: dict[str, Any]) -> QuantizationConfig:

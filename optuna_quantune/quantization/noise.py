@@ -71,7 +71,7 @@ class NoiseModel:
         self._layers = {layer.weight: layer for layer in quantizer.model.layers}
         self._sources = statistics_sources(quantizer.model.proto.graph)
         self._activation_errors: dict[tuple[str, float, int, int], tuple[float, float]] = {}
-        self._weight_errors: dict[tuple[str, int, bytes], float] = {}
+        self._weight_errors: dict[tuple[str, int, bytes, bool], float] = {}
 
     def predict(self, config: QuantizationConfig) -> NoisePrediction:
         """The expected noise of every tensor that `config` quantizes."""
@@ -93,7 +93,9 @@ class NoiseModel:
                 layer = self._layers[name]
                 output = self._sources.get(layer.output, layer.output)
                 gain = probe.noise_gain.get(output, 0.0)
-                weights[name] = self._weight_error(layer, parameters) * gain / signal
+                shifted = layer.bias is None or not config.bias_correction
+                error = self._weight_error(layer, parameters, shifted=shifted)
+                weights[name] = error * gain / signal
         return NoisePrediction(rounding, clipping, weights)
 
     def _activation_error(
@@ -110,18 +112,18 @@ class NoiseModel:
             )
         return self._activation_errors[key]
 
-    def _weight_error(self, layer: Layer, parameters: QuantizationParameters) -> float:
+    def _weight_error(
+        self, layer: Layer, parameters: QuantizationParameters, *, shifted: bool
+    ) -> float:
         scales = parameters.scale.tobytes() + parameters.zero_point.tobytes()
-        key = (layer.weight, parameters.bits, scales)
+        key = (layer.weight, parameters.bits, scales, shifted)
         if key not in self._weight_errors:
-            weight = self._quantizer.model.weights[layer.weight]
-            axis = layer.channel_axis if parameters.scale.ndim else None
-            restored = parameters.dequantize(parameters.quantize(weight, axis), axis)
             self._weight_errors[key] = layer_error(
                 layer,
-                restored.astype(np.float64) - weight,
+                self._quantizer.weight_error(layer, parameters).astype(np.float64),
                 self._probe.channel_mean[layer.name],
                 self._probe.channel_power[layer.name],
+                shifted=shifted,
             )
         return self._weight_errors[key]
 
@@ -158,6 +160,8 @@ def layer_error(
     weight_error: NDArray[np.float64],
     channel_mean: NDArray[np.float64],
     channel_power: NDArray[np.float64],
+    *,
+    shifted: bool = True,
 ) -> float:
     """Mean squared error of a layer's output values when its weight is off by `weight_error`.
 
@@ -170,12 +174,16 @@ def layer_error(
         weight_error: Of the shape of the weight.
         channel_mean: Mean of each input channel, shape (channels,).
         channel_power: Mean square of each input channel, shape (channels,).
+        shifted: Whether the shift of the channels is part of the error: a corrected bias takes it
+            away.
     """
     grouped = _by_group(layer, weight_error)
     groups, _, inputs, _ = grouped.shape
     mean = channel_mean.reshape(groups, 1, inputs)
     variance = np.maximum(channel_power - channel_mean**2, 0.0).reshape(groups, 1, inputs)
     varying = (np.square(grouped).sum(axis=3) * variance).sum(axis=2)
+    if not shifted:
+        return float(np.mean(varying))
     shift = (grouped.sum(axis=3) * mean).sum(axis=2)
     return float(np.mean(varying + np.square(shift)))
 

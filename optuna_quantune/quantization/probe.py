@@ -32,7 +32,7 @@ _NOISE_TO_SIGNAL: Final = 0.01
 # Values computed for all probes together. A large network is probed on one input for each tensor,
 # which is 94 inferences for SqueezeNet, a small one on all inputs.
 _VALUE_BUDGET: Final = 300_000_000
-# Share of the largest magnitudes that a probe clips.
+# Share of the largest magnitudes that is clipped of a tensor which its range does not clip.
 _CLIPPED_SHARE: Final = 1e-3
 
 
@@ -59,75 +59,96 @@ class Probe:
 def probe(
     model: FloatModel,
     inputs: Sequence[dict[str, NDArray[Any]]],
-    tensors: Sequence[str],
+    ranges: Mapping[str, tuple[float, float]],
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Probe:
-    """Measures the gains of `tensors` and the channel moments of every layer's input.
+    """Measures the gains of activations and the channel moments of every layer's input.
+
+    Noise is added where a value is not exactly zero, because zero is always represented: a channel
+    that is never active bears no rounding error, however large the weights behind it are.
 
     Args:
         model: The prepared float model.
         inputs: A few inputs of batch size 1, by name.
-        tensors: Activations to probe (model inputs included).
+        ranges: For each activation to probe (model inputs included) a range that clips it about as
+            configurations that clip do.
         seed: Seed of the noise.
         progress: Called after every input with the inputs done and the inputs in all.
     """
+    tensors = list(ranges)
     observed = list(dict.fromkeys([*tensors, *(layer.input for layer in model.layers)]))
     watching = _session(_with_outputs(model, observed))
     disturbing = _session(_with_additions(model, tensors))
     output = model.outputs[0].name
     rng = np.random.default_rng(seed)
-    noise: dict[str, list[float]] = {tensor: [] for tensor in tensors}
-    clipping: dict[str, list[float]] = {tensor: [] for tensor in tensors}
+    noise, clipping, tail = _Gains(), _Gains(), _Gains()
     moments = _Moments(model.layers)
     output_power: list[float] = []
     for number, feed in enumerate(inputs):
         values = _observe(watching, observed, feed)
         moments.add(values)
-        quiet = {_operand(tensor): np.zeros(1, dtype=np.float32) for tensor in tensors}
-        reference = disturbing.run([output], feed | quiet)[0]
-        output_power.append(float(np.mean(np.square(reference, dtype=np.float64))))
+        quiet = feed | {_operand(tensor): np.zeros(1, dtype=np.float32) for tensor in tensors}
+        reference = disturbing.run([output], quiet)[0]
+        output_power.append(_power(reference))
         repeats = _repeats(tensors, values, len(inputs))
-
-        def gain(
-            tensor: str,
-            error: NDArray[np.float32],
-            feed: dict[str, NDArray[Any]] = feed | quiet,
-            reference: NDArray[np.float32] = reference,
-        ) -> float:
-            disturbed = disturbing.run([output], feed | {_operand(tensor): error})[0]
-            power = float(np.mean(np.square(error, dtype=np.float64)))
-            return float(np.mean(np.square(disturbed - reference, dtype=np.float64))) / power
-
         for index, tensor in enumerate(tensors):
-            if (number - index) % len(inputs) >= repeats:
-                continue
             value = values[tensor]
-            deviation = np.sqrt(_NOISE_TO_SIGNAL * np.mean(np.square(value, dtype=np.float64)))
-            if deviation == 0.0:
+            deviation = np.sqrt(_NOISE_TO_SIGNAL * _power(value))
+            if (number - index) % len(inputs) >= repeats or deviation == 0.0:
                 continue
             white = rng.standard_normal(value.shape, dtype=np.float32) * np.float32(deviation)
-            noise[tensor].append(gain(tensor, white))
             limit = np.quantile(np.abs(value), 1.0 - _CLIPPED_SHARE)
-            clipped = np.clip(value, -limit, limit) - value
-            if np.any(clipped):
-                clipping[tensor].append(gain(tensor, clipped))
+            for gains, error in (
+                (noise, white * (value != 0.0)),
+                (clipping, np.clip(value, *ranges[tensor]) - value),
+                (tail, np.clip(value, -limit, limit) - value),
+            ):
+                if not np.any(error) or (gains is tail and tensor in clipping):
+                    continue
+                disturbed = disturbing.run([output], quiet | {_operand(tensor): error})[0]
+                gains.add(tensor, _power(error), _power(disturbed - reference))
         if progress is not None:
             progress(number + 1, len(inputs))
-    noise_gain = {
-        tensor: float(np.mean(gains)) if gains else 0.0 for tensor, gains in noise.items()
-    }
     return Probe(
-        noise_gain=noise_gain,
+        noise_gain={tensor: noise.get(tensor, 0.0) for tensor in tensors},
         clipping_gain={
-            tensor: float(np.mean(gains)) if gains else noise_gain[tensor]
-            for tensor, gains in clipping.items()
+            tensor: clipping.get(tensor, tail.get(tensor, noise.get(tensor, 0.0)))
+            for tensor in tensors
         },
         channel_mean=moments.mean(),
         channel_power=moments.power(),
         output_power=float(np.mean(output_power)),
     )
+
+
+class _Gains:
+    """Error power in and out of each tensor, summed over inputs.
+
+    The gain is the ratio of the sums: an input that is hardly clipped says as little about it as
+    it will contribute.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._sums
+
+    def add(self, tensor: str, power_in: float, power_out: float) -> None:
+        before = self._sums.get(tensor, (0.0, 0.0))
+        self._sums[tensor] = before[0] + power_in, before[1] + power_out
+
+    def get(self, tensor: str, default: float) -> float:
+        if tensor not in self._sums:
+            return default
+        power_in, power_out = self._sums[tensor]
+        return power_out / power_in
+
+
+def _power(values: NDArray[np.float32]) -> float:
+    return float(np.mean(np.square(values, dtype=np.float64)))
 
 
 class _Moments:

@@ -20,11 +20,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.clipping import choose_range
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.placement import ConstantSite
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.placement import Placement
@@ -79,6 +83,10 @@ class Quantizer:
         statistics: Statistics of at least `required_activations` of the model.
         activation_storage: How 8-bit activations are written: ``uint8`` (int8 arithmetic with
             integers and zero points shifted by 128, the fast kernels of x86-64) or ``int8``.
+        bias_correction: What configurations with the knob ``bias_correction`` take their biases
+            from.
+        equalized: Whether `model` is what `equalization.equalize` gave: the only value of the knob
+            ``equalization`` that this quantizer can build.
     """
 
     def __init__(
@@ -87,15 +95,29 @@ class Quantizer:
         statistics: CalibrationStatistics,
         *,
         activation_storage: ActivationStorage = "uint8",
+        bias_correction: BiasCorrection | None = None,
+        equalized: bool = False,
     ) -> None:
         self.model = model
         self.statistics = statistics
         self.activation_storage = activation_storage
+        self.equalized = equalized
+        self._bias_correction = bias_correction
         self._placements: dict[tuple[str, ...], Placement] = {}
         self._ranges: dict[tuple[str, int, str, bool], tuple[float, float]] = {}
 
     def plan(self, config: QuantizationConfig) -> QuantizationPlan:
-        """Chooses scales and zero points of a configuration; the model is not built."""
+        """Chooses scales and zero points of a configuration; the model is not built.
+
+        Raises:
+            InputError: If the statistics do not cover the configuration's `calibration_images`, or
+                its `equalization` is not what the quantizer's model is.
+        """
+        if config.equalization != self.equalized:
+            raise InputError(
+                f"knob 'equalization': {config.equalization}, but this quantizer's model is "
+                f"{'an' if self.equalized else 'not an'} equalized one"
+            )
         float_layers = self.float_layers(config)
         placement = self.placement(float_layers)
         activations = {
@@ -125,7 +147,8 @@ class Quantizer:
         """Builds the Q/DQ model of a configuration.
 
         Raises:
-            InputError: If the statistics do not cover the configuration's `calibration_images`.
+            InputError: As `plan` does, and if the configuration asks for a bias correction and the
+                quantizer was given none.
         """
         plan = self.plan(config)
         placement = self.placement(plan.float_layers)
@@ -141,9 +164,13 @@ class Quantizer:
                     self._stored_activation(parameters.zero_point, activation.zero_point),
                 ]
             )
+        corrected: Mapping[str, NDArray[np.float32]] = {}
+        if config.bias_correction:
+            corrected = self._corrected_biases(placement, plan.constants)
         for site in placement.constants:
             if site.kind == "bias":
-                proto.graph.initializer.extend(self._bias(site, plan, by_scale))
+                bias = corrected.get(site.quantized, self._constants[site.tensor])
+                proto.graph.initializer.extend(self._bias(site, bias, plan, by_scale))
             else:
                 proto.graph.initializer.extend(self._constant(site, plan.constants[site.tensor]))
         _match_axes(proto.graph, placement, plan)
@@ -166,6 +193,43 @@ class Quantizer:
         if float_layers not in self._placements:
             self._placements[float_layers] = place(self.model, float_nodes=float_layers)
         return self._placements[float_layers]
+
+    def weight_error(
+        self, layer: Layer, parameters: QuantizationParameters
+    ) -> NDArray[np.float32]:
+        """What the integers of a layer's weight stand for, minus the float weight."""
+        weight = self.model.weights[layer.weight]
+        axis = layer.channel_axis if parameters.scale.ndim else None
+        return parameters.dequantize(parameters.quantize(weight, axis), axis) - weight
+
+    def _corrected_biases(
+        self, placement: Placement, constants: Mapping[str, QuantizationParameters]
+    ) -> dict[str, NDArray[np.float32]]:
+        """The float biases that the knob ``bias_correction`` wants, by integer initializer."""
+        if self._bias_correction is None:
+            raise InputError(
+                "knob 'bias_correction': this quantizer was given no inputs to correct with; "
+                "give it a BiasCorrection"
+            )
+        shifts = self._bias_correction.shifts(
+            {
+                layer.name: self.weight_error(layer, constants[layer.weight])
+                for layer in self.model.layers
+                if layer.weight in constants
+            }
+        )
+        readers = _layers_of_biases(placement.template.graph)
+        corrected = {}
+        for site in placement.constants:
+            if site.kind == "bias":
+                bias, shift = self._constants[site.tensor], shifts[readers[site.quantized]]
+                corrected[site.quantized] = bias - shift.reshape(bias.shape)
+        return corrected
+
+    def clipping_ranges(self) -> dict[str, tuple[float, float]]:
+        """For each activation with statistics the range that clips it on all inputs."""
+        clipping = QuantizationConfig(scheme="symmetric_uint8", clipping="kl")
+        return {name: self._range(name, clipping) for name in self.statistics.segments}
 
     def _range(self, tensor: str, config: QuantizationConfig) -> tuple[float, float]:
         size = self.statistics.resolve(config.calibration_images)
@@ -212,6 +276,7 @@ class Quantizer:
     def _bias(
         self,
         site: ConstantSite,
+        bias: NDArray[np.float32],
         plan: QuantizationPlan,
         by_scale: Mapping[str, QuantizationParameters],
     ) -> list[onnx.TensorProto]:
@@ -219,9 +284,9 @@ class Quantizer:
         assert site.input_scale is not None
         # The scale of the int32 accumulator, which is what the integer kernels add the bias to.
         scale = by_scale[site.input_scale].scale * plan.constants[site.weight].scale
-        bias = self._constants[site.tensor].astype(np.float64) / scale.astype(np.float64)
+        steps = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
         limits = np.iinfo(np.int32)
-        integers = np.clip(np.rint(bias), limits.min, limits.max).astype(np.int32)
+        integers = np.clip(steps, limits.min, limits.max).astype(np.int32)
         return [
             numpy_helper.from_array(integers, site.quantized),
             numpy_helper.from_array(np.asarray(scale, dtype=np.float32), site.scale),
@@ -241,6 +306,16 @@ class Quantizer:
 def required_activations(placement: Placement) -> list[str]:
     """Names of the activations whose statistics a placement needs, sorted."""
     return sorted({site.statistics for site in placement.activations})
+
+
+def _layers_of_biases(graph: onnx.GraphProto) -> dict[str, str]:
+    """The name of the layer that reads each integer bias."""
+    integers = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    return {
+        integers[node.input[2]]: node.name
+        for node in graph.node
+        if node.op_type in WEIGHTED_OPS and len(node.input) > 2 and node.input[2] in integers
+    }
 
 
 def _match_axes(graph: onnx.GraphProto, placement: Placement, plan: QuantizationPlan) -> None:

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.model import FloatModel
@@ -24,6 +25,7 @@ from optuna_quantune.quantization.quantizer import required_activations
 
 
 Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
+MakeQuantizer = Callable[[FloatModel, NDArray[np.float32]], Quantizer]
 
 
 class ArrayBatches:
@@ -83,9 +85,21 @@ def toy_probe(
     toy_inputs: NDArray[np.float32],
 ) -> Probe:
     feeds = [{"input": toy_inputs[i : i + 1]} for i in range(8)]
-    return probe(float_model, feeds, list(toy_statistics.segments))
+    quantizer = Quantizer(float_model, toy_statistics)
+    return probe(float_model, feeds, quantizer.clipping_ranges())
+
+
+def _make_quantizer(model: FloatModel, inputs: NDArray[np.float32]) -> Quantizer:
+    correction = BiasCorrection(model, ArrayBatches(inputs))
+    return Quantizer(model, statistics_of(model, inputs), bias_correction=correction)
 
 
 @pytest.fixture(scope="session")
-def quantizer(float_model: FloatModel, toy_statistics: CalibrationStatistics) -> Quantizer:
-    return Quantizer(float_model, toy_statistics)
+def make_quantizer() -> MakeQuantizer:
+    """Calibrates a model on inputs; the quantizer knows every knob."""
+    return _make_quantizer
+
+
+@pytest.fixture(scope="session")
+def quantizer(float_model: FloatModel, toy_inputs: NDArray[np.float32]) -> Quantizer:
+    return _make_quantizer(float_model, toy_inputs)

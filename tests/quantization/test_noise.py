@@ -96,15 +96,15 @@ def test_error_of_a_layer_is_the_error_of_really_running_it(
         graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10
     )
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    measured = float(np.mean(np.square(session.run(None, {"x": inputs})[0])))
+    outputs = session.run(None, {"x": inputs})[0]
     others = tuple(i for i in range(inputs.ndim) if i != 1)
-    expected = layer_error(
-        Layer("layer", op_type, "x", "y", "w", None, axis, groups),
-        error.astype(np.float64),
-        inputs.mean(axis=others, dtype=np.float64),
-        np.square(inputs, dtype=np.float64).mean(axis=others),
-    )
-    assert expected == pytest.approx(measured, rel=0.03)
+    layer = Layer("layer", op_type, "x", "y", "w", None, axis, groups)
+    mean = inputs.mean(axis=others, dtype=np.float64)
+    power = np.square(inputs, dtype=np.float64).mean(axis=others)
+    whole = layer_error(layer, error.astype(np.float64), mean, power)
+    assert whole == pytest.approx(float(np.mean(np.square(outputs))), rel=0.03)
+    varying = layer_error(layer, error.astype(np.float64), mean, power, shifted=False)
+    assert varying == pytest.approx(float(np.mean(outputs.var(axis=others))), rel=0.03)
 
 
 def test_prediction_orders_configurations_as_measured_noise_does(
@@ -116,7 +116,8 @@ def test_prediction_orders_configurations_as_measured_noise_does(
     reference = run(quantizer.model.proto, toy_inputs)
     predicted, measured = [], []
     noise = NoiseModel(quantizer, toy_probe)
-    for images, scheme, clipping, granularity, mixed in itertools.product(
+    for corrected, images, scheme, clipping, granularity, mixed in itertools.product(
+        (False, True),
         (1, "all"),
         get_args(Scheme),
         get_args(Clipping),
@@ -129,6 +130,7 @@ def test_prediction_orders_configurations_as_measured_noise_does(
             clipping=clipping,
             granularity=granularity,
             mixed_precision=mixed,
+            bias_correction=corrected,
         )
         outputs = run(quantizer.quantize(config).proto, toy_inputs)
         error = np.mean(np.square(outputs - reference)) / np.mean(np.square(reference))
@@ -144,10 +146,11 @@ def test_float_layers_and_finer_scales_are_expected_to_be_less_noisy(
 ) -> None:
     noise = NoiseModel(quantizer, toy_probe)
 
-    def total(**knobs: str) -> float:
+    def total(**knobs: str | bool) -> float:
         return noise.predict(QuantizationConfig.from_dict(knobs)).total
 
     assert total(granularity="channel") < total(granularity="tensor")
     assert total(mixed_precision="first_last") < total(mixed_precision="none")
     assert total(scheme="asymmetric") < total(scheme="symmetric")
     assert total(scheme="symmetric") < total(scheme="symmetric_power2")
+    assert total(bias_correction=True) < total(bias_correction=False)
