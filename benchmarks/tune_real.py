@@ -1,6 +1,6 @@
 """`optuna-quantune tune` on real models: the commands, tables of trials and timings.
 
-    python -m benchmarks.tune_real DATA [--models NAME ...] [--n-trials 10]
+    python -m benchmarks.tune_real DATA [--models NAME ...] [--n-trials 10] [--space quantune]
 
 DATA is a folder with `models/models.json` (from model name to `file` and `preprocessing`),
 `imagenet-val/` and `imagenet-calibration/` (images with `labels.csv`). Results go to
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", nargs="+", default=["squeezenet1_1", "mobilenetv2_1.0"])
     parser.add_argument("--n-trials", type=int, default=10)
+    parser.add_argument("--space", default="quantune")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,14 @@ def run(name: str, entry: dict[str, object], arguments: argparse.Namespace) -> N
             *("optuna-quantune", "tune", f"models/{entry['file']}"),
             *("--calibration", "imagenet-calibration", "--evaluation", "imagenet-val"),
             *("--preprocessing", "preprocessing.json", "--n-trials", str(arguments.n_trials)),
-            *("--seed", str(arguments.seed), "--storage", "sqlite:///study.db"),
+            *(
+                "--space",
+                arguments.space,
+                "--seed",
+                str(arguments.seed),
+                "--storage",
+                "sqlite:///study.db",
+            ),
             *("--study-name", name, "--cache", "cache", "--output", f"{name}.int8.onnx"),
         ]
         start = time.perf_counter()
@@ -69,7 +77,8 @@ def run(name: str, entry: dict[str, object], arguments: argparse.Namespace) -> N
             str(work / "preprocessing.json"),
         )
         study = optuna.load_study(study_name=name, storage=f"sqlite:///{work}/study.db")
-        write(name, command, done.stdout, checked, seconds, study)
+        label = name if arguments.space == "quantune" else f"{name}-{arguments.space}"
+        write(label, command, done.stdout, checked, seconds, study)
 
 
 def write(

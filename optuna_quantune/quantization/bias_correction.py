@@ -28,6 +28,7 @@ from onnx import numpy_helper
 from optuna_quantune.quantization.calibration import CalibrationInputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.session import make_session
 
 
 # Inputs that the mean inputs are taken over. From 8 to 128 the accuracy was the same.
@@ -106,7 +107,7 @@ class BiasCorrection:
             [onnx.ValueInfoProto(name=_output(layer)) for layer in self._layers],
             [numpy_helper.from_array(means[layer.name], _mean(layer)) for layer in self._layers],
         )
-        return _make_session(
+        return make_session(
             helper.make_model(
                 graph,
                 opset_imports=self._model.proto.opset_import,
@@ -116,7 +117,7 @@ class BiasCorrection:
 
     def _mean_inputs(self) -> dict[str, NDArray[np.float32]]:
         """The mean of each layer's input over inputs, of batch size 1, by layer name."""
-        session = _make_session(_with_means(self._model, self._layers))
+        session = make_session(_with_means(self._model, self._layers))
         names = [_mean(layer) for layer in self._layers]
         sums = [np.zeros(1)] * len(names)
         number = min(CORRECTION_INPUTS, len(self._inputs))
@@ -168,11 +169,3 @@ def _with_means(model: FloatModel, layers: tuple[Layer, ...]) -> onnx.ModelProto
         graph.node.append(node)
         graph.output.append(onnx.ValueInfoProto(name=_mean(layer)))
     return proto
-
-
-def _make_session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )

@@ -30,13 +30,13 @@ from typing import Protocol
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.pipeline import available_cores
 from optuna_quantune.pipeline import ordered_map
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.session import make_session
 from optuna_quantune.quantization.statistics import BINS
 from optuna_quantune.quantization.statistics import count_into
 from optuna_quantune.quantization.statistics import Counts
@@ -188,7 +188,8 @@ class _Observer:
     def __init__(self, model: FloatModel, tensors: Sequence[str]) -> None:
         self._model = model
         self._tensors = tensors
-        self._session = _session(_observed(model, tensors))
+        # One batch on each core needs no synchronisation inside a layer.
+        self._session = make_session(_observed(model, tensors), threads=1)
         self._sizes: dict[str, int] = {}  # values of each tensor for one input
 
     def __call__(
@@ -294,16 +295,6 @@ def _observed(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProto:
             onnx.ValueInfoProto(name=_statistic(tensor, kind)) for kind in ("min", "max", "sample")
         )
     return proto
-
-
-def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # One batch on each core needs no synchronisation inside a layer.
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def _fingerprint(

@@ -28,13 +28,13 @@ from typing import Final
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from optuna_quantune.quantization.calibration import CalibrationInputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.session import make_session
 
 
 # Inputs that the reach of the channels is taken from.
@@ -248,7 +248,7 @@ def _reach(
     reach = np.zeros(links.count)
     if not layers:
         return reach
-    session = _make_session(_with_channel_maxima(model, layers))
+    session = make_session(_with_channel_maxima(model, layers))
     names = [_maximum(layer) for layer in layers]
     dynamic = all(spec.shape and spec.shape[0] is None for spec in model.inputs)
     first = np.arange(min(EQUALIZATION_INPUTS, len(inputs)))
@@ -387,11 +387,3 @@ def _with_channel_maxima(model: FloatModel, layers: list[Layer]) -> onnx.ModelPr
         graph.node.append(onnx.helper.make_node(pool, [magnitude], [_maximum(layer)]))
         graph.output.append(onnx.ValueInfoProto(name=_maximum(layer)))
     return proto
-
-
-def _make_session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )

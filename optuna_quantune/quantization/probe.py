@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.session import make_session
 
 
 # Inputs that the probes are spread over.
@@ -79,8 +80,8 @@ def probe(
     """
     tensors = list(ranges)
     observed = list(dict.fromkeys([*tensors, *(layer.input for layer in model.layers)]))
-    watching = _session(_with_outputs(model, observed))
-    disturbing = _session(_with_additions(model, tensors))
+    watching = make_session(_with_outputs(model, observed))
+    disturbing = make_session(_with_additions(model, tensors))
     output = model.outputs[0].name
     rng = np.random.default_rng(seed)
     noise, clipping, tail = _Gains(), _Gains(), _Gains()
@@ -239,14 +240,6 @@ def _with_additions(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProt
     )
     return onnx.helper.make_model(
         graph, opset_imports=source.opset_import, ir_version=source.ir_version
-    )
-
-
-def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
 
