@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +117,8 @@ def write(frame: pd.DataFrame, names: list[str]) -> None:
         "",
         f"{machine.as_markdown(machine.describe())}.",
         "",
-        f"`python -m benchmarks.compare`, {frame['seed'].nunique()} seeds, tables: "
+        f"`python -m benchmarks.compare {' '.join(sys.argv[1:])}`, "
+        f"{frame['seed'].nunique()} seeds, tables: "
         f"{', '.join(names)}.",
         "",
         "Mean regret in points of top-1 accuracy on the half of the inputs that the search did",
