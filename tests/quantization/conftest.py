@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.calibration import CalibrationStatistics
@@ -28,27 +28,9 @@ Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
 MakeQuantizer = Callable[[FloatModel, NDArray[np.float32]], Quantizer]
 
 
-class ArrayBatches:
-    def __init__(self, array: NDArray[np.float32]) -> None:
-        self.array = array
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def batches(
-        self, batch_size: int, indices: NDArray[np.int64] | None = None
-    ) -> Iterator[dict[str, NDArray[np.float32]]]:
-        chosen = self.array if indices is None else self.array[indices]
-        for start in range(0, len(chosen), batch_size):
-            yield {"input": chosen[start : start + batch_size]}
-
-    def fingerprint(self) -> str:
-        return "array"
-
-
 def statistics_of(model: FloatModel, inputs: NDArray[np.float32]) -> CalibrationStatistics:
     tensors = required_activations(place(model))
-    return calibrate(model, ArrayBatches(inputs), tensors, sizes=(1, 32, "all"))
+    return calibrate(model, ArrayInputs({"input": inputs}), tensors, sizes=(1, 32, "all"))
 
 
 def _run(proto: onnx.ModelProto, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -90,7 +72,7 @@ def toy_probe(
 
 
 def _make_quantizer(model: FloatModel, inputs: NDArray[np.float32]) -> Quantizer:
-    correction = BiasCorrection(model, ArrayBatches(inputs))
+    correction = BiasCorrection(model, ArrayInputs({"input": inputs}))
     return Quantizer(model, statistics_of(model, inputs), bias_correction=correction)
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from onnx.helper import make_opsetid
 from onnx.helper import make_tensor_value_info
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.bias_correction import CORRECTION_INPUTS
 from optuna_quantune.quantization.calibration import CalibrationStatistics
@@ -30,24 +30,6 @@ from optuna_quantune.quantization.quantizer import Quantizer
 
 Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
 MakeQuantizer = Callable[[FloatModel, NDArray[np.float32]], Quantizer]
-
-
-class Inputs:
-    def __init__(self, array: NDArray[np.float32]) -> None:
-        self.array = array
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def batches(
-        self, batch_size: int, indices: NDArray[np.int64] | None = None
-    ) -> Iterator[dict[str, NDArray[np.float32]]]:
-        assert indices is not None
-        for start in range(0, len(indices), batch_size):
-            yield {"input": self.array[indices[start : start + batch_size]]}
-
-    def fingerprint(self) -> str:
-        return ""
 
 
 def activation(
@@ -87,7 +69,7 @@ def test_shifts_are_the_mean_outputs_of_layers_with_the_error_as_weight(
         layer.name: rng.standard_normal(model.weights[layer.weight].shape).astype(np.float32)
         for layer in model.layers
     }
-    shifts = BiasCorrection(model, Inputs(toy_inputs)).shifts(errors)
+    shifts = BiasCorrection(model, ArrayInputs({"input": toy_inputs})).shifts(errors)
     assert set(shifts) == {"stem", "depthwise", "project", "head"}
     used = toy_inputs[:CORRECTION_INPUTS]
     assert len(used) < len(toy_inputs)
@@ -111,7 +93,9 @@ def test_a_model_of_batch_size_one_has_the_same_shifts(
     shifts = []
     for model in (load_float_model(toy_model), load_float_model(path)):
         error = {"project": np.ones_like(model.weights["project.weight"])}
-        shifts.append(BiasCorrection(model, Inputs(toy_inputs)).shifts(error)["project"])
+        shifts.append(
+            BiasCorrection(model, ArrayInputs({"input": toy_inputs})).shifts(error)["project"]
+        )
     np.testing.assert_allclose(shifts[0], shifts[1], rtol=1e-5)
 
 

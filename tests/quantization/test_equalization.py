@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from onnx import helper
 from onnx import numpy_helper
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.equalization import EQUALIZATION_INPUTS
 from optuna_quantune.quantization.equalization import equalize
@@ -25,24 +25,6 @@ from optuna_quantune.quantization.quantizer import Quantizer
 
 Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
 MakeQuantizer = Callable[[FloatModel, NDArray[np.float32]], Quantizer]
-
-
-class Inputs:
-    def __init__(self, array: NDArray[np.float32]) -> None:
-        self.array = array
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def batches(
-        self, batch_size: int, indices: NDArray[np.int64] | None = None
-    ) -> Iterator[dict[str, NDArray[np.float32]]]:
-        assert indices is not None
-        for start in range(0, len(indices), batch_size):
-            yield {"input": self.array[indices[start : start + batch_size]]}
-
-    def fingerprint(self) -> str:
-        return ""
 
 
 class Builder:
@@ -134,7 +116,7 @@ def test_channels_are_followed_through_the_graph(everything: FloatModel) -> None
 def test_the_float_function_stays_as_it_is_to_rounding(
     everything: FloatModel, images: NDArray[np.float32], run: Run
 ) -> None:
-    equalized = equalize(everything, Inputs(images))
+    equalized = equalize(everything, ArrayInputs({"input": images}))
     others = 3.0 * np.random.default_rng(4).standard_normal((64, 3, 8, 8)).astype(np.float32)
     expected, found = run(everything.proto, others), run(equalized.proto, others)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -158,7 +140,10 @@ def maxima(model: FloatModel, tensor: str, inputs: NDArray[np.float32]) -> NDArr
 def test_channels_reach_more_alike_and_no_further(
     everything: FloatModel, images: NDArray[np.float32]
 ) -> None:
-    equalized, used = equalize(everything, Inputs(images)), images[:EQUALIZATION_INPUTS]
+    equalized, used = (
+        equalize(everything, ArrayInputs({"input": images})),
+        images[:EQUALIZATION_INPUTS],
+    )
     for tensor in ("grouped.relu", "depthwise", "side"):
         before, after = maxima(everything, tensor, used), maxima(equalized, tensor, used)
         alive = before > 0.0
@@ -173,7 +158,7 @@ def test_factors_are_the_root_of_weights_over_activations(
     b = Builder(tmp_path)
     b.conv("second", b.add("Relu", [b.conv("first", "input", (8, 3, 3, 3))], "relu"), (4, 8, 1, 1))
     model = b.load("second", ["n", 4, 8, 8])
-    equalized = equalize(model, Inputs(images))
+    equalized = equalize(model, ArrayInputs({"input": images}))
     reach = maxima(model, "relu", images[:EQUALIZATION_INPUTS])
     weight = np.abs(model.weights["second.weight"][:, :, 0, 0])
     expected = np.sqrt((weight / weight.max(axis=1, keepdims=True)).max(axis=0) / reach)
@@ -190,7 +175,7 @@ def test_factors_are_the_root_of_weights_over_activations(
 def test_channels_of_a_clip_keep_their_size(
     float_model: FloatModel, toy_inputs: NDArray[np.float32], run: Run
 ) -> None:
-    equalized = equalize(float_model, Inputs(toy_inputs))
+    equalized = equalize(float_model, ArrayInputs({"input": toy_inputs}))
     # depthwise is read through Clip(0, 6) by project; stem and project are joined by an addition.
     links = link_channels(float_model)
     assert np.all(links.written["depthwise"] == 0)
@@ -236,7 +221,7 @@ def test_what_does_not_pass_factors_on_leaves_its_channels_alone(
         b.conv("unused", first, (2, 3, 1, 1))
     second = first if barrier == "output" else b.conv("second", first, (5, 3, 1, 1))
     model = b.load(second, ["n", 3 if barrier == "output" else 5, 8, 8])
-    equalized = equalize(model, Inputs(images))
+    equalized = equalize(model, ArrayInputs({"input": images}))
     for name, values in model.weights.items():
         np.testing.assert_array_equal(equalized.weights[name], values)
     np.testing.assert_array_equal(run(equalized.proto, images), run(model.proto, images))
@@ -252,7 +237,7 @@ def test_a_channel_that_is_always_zero_is_left_alone(
     values["second.weight"][:, 2] = 1e4
     b.tensors = [numpy_helper.from_array(v, n) for n, v in values.items()]
     model = b.load("second", ["n", 4, 8, 8])
-    equalized = equalize(model, Inputs(images))
+    equalized = equalize(model, ArrayInputs({"input": images}))
     assert maxima(model, "relu", images)[2] == 0.0
     assert equalized.weights["first.bias"][2] == model.weights["first.bias"][2]
     np.testing.assert_array_equal(
@@ -270,7 +255,7 @@ def test_quantization_after_it_is_less_noisy(
     reference = run(everything.proto, others)
 
     def noise(*, equalized: bool) -> float:
-        model = equalize(everything, Inputs(images)) if equalized else everything
+        model = equalize(everything, ArrayInputs({"input": images})) if equalized else everything
         quantizer = make_quantizer(model, images)
         quantizer.equalized = equalized
         built = quantizer.quantize(QuantizationConfig(equalization=equalized))
