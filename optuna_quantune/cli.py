@@ -326,7 +326,7 @@ def _tune(
         )
     _print_result(console, result, options.get("max_accuracy_drop"))
     if result.path is not None:
-        _warn(lint_quantized(onnx.load(result.path), float_model=load_float_model(model)))
+        _warn(lint_quantized(onnx.load(result.path), float_model=result.float_model))
 
 
 def _print_result(console: Console, result: TuningResult, bound: float | None) -> None:

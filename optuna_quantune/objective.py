@@ -36,6 +36,7 @@ from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.latency import LatencyRatio
+from optuna_quantune.evaluation.metrics import agrees
 from optuna_quantune.evaluation.metrics import class_scores
 from optuna_quantune.evaluation.metrics import margins
 from optuna_quantune.evaluation.metrics import measure
@@ -207,7 +208,7 @@ class QuantizationObjective:
         evaluation = self._evaluate(self.model.path, "float model", reference=None)
         top1 = evaluation.measurement.top1
         if top1 is not None:
-            n, classes = evaluation.outputs.shape
+            n, classes = class_scores(evaluation.outputs).shape
             if near_chance(top1, n, classes):
                 _logger.warning(
                     f"The float model's top-1 accuracy is {top1:.1%} on {n} inputs, near chance "
@@ -355,13 +356,11 @@ class QuantizationObjective:
         for name, number in dataclasses.asdict(evaluation.measurement).items():
             trial.set_user_attr(name, number)
         reference = self.float_evaluation.outputs
-        agrees = class_scores(evaluation.outputs).argmax(axis=1) == class_scores(reference).argmax(
-            axis=1
-        )
-        trial.set_user_attr(AGREES_KEY, pack(agrees))
+        same = pack(agrees(evaluation.outputs, reference))
+        trial.set_user_attr(AGREES_KEY, same)
         labels = self.evaluation.labels
         if self.metric == "agreement":
-            trial.set_user_attr(CORRECT_KEY, pack(agrees))
+            trial.set_user_attr(CORRECT_KEY, same)
         elif labels is not None and self.metric in _RANKS:
             correct = top_k_correct(evaluation.outputs, labels, k=_RANKS[self.metric])
             trial.set_user_attr(CORRECT_KEY, pack(correct))

@@ -39,6 +39,7 @@ from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.evaluation.metrics import measure
 from optuna_quantune.evaluation.metrics import Measurement
 from optuna_quantune.evaluation.metrics import paired_difference_interval
+from optuna_quantune.evaluation.metrics import top_k_correct
 from optuna_quantune.objective import check_writable
 from optuna_quantune.objective import DEFAULT_CACHE
 from optuna_quantune.objective import Metric
@@ -47,6 +48,7 @@ from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
 from optuna_quantune.objective import write_model
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
@@ -85,6 +87,7 @@ class TuningResult:
         study: The study, with every trial.
         trial: The chosen trial.
         config: Its configuration.
+        float_model: The float model that it was built from.
         path: The model that was written, or None if no output was asked for.
         goal_met: Whether `max_accuracy_drop` holds for the chosen trial; True if none was asked.
         all_inputs: Float and quantized model on all evaluation inputs.
@@ -100,6 +103,7 @@ class TuningResult:
     study: optuna.Study
     trial: FrozenTrial
     config: QuantizationConfig
+    float_model: FloatModel
     path: Path | None
     goal_met: bool
     all_inputs: Comparison
@@ -216,6 +220,7 @@ def tune(
         study=study,
         trial=trial,
         config=quantized.config,
+        float_model=objective.model,
         path=path,
         goal_met=goal_met,
         all_inputs=_compare(float_outputs, int8_outputs, evaluation.labels, everything),
@@ -287,7 +292,7 @@ def _compare(
     difference = None
     if truth is not None:
         difference = paired_difference_interval(
-            outputs.argmax(axis=1) == truth, reference.argmax(axis=1) == truth
+            top_k_correct(outputs, truth, k=1), top_k_correct(reference, truth, k=1)
         )
     return Comparison(
         inputs=len(indices),

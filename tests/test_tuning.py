@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import optuna
 import pytest
@@ -174,3 +175,36 @@ def test_an_exhausted_space_ends_the_search(run) -> None:  # type: ignore[no-unt
 def test_mistakes_are_found_before_the_search(run, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InputError, match=message):
         run(**arguments)
+
+
+def test_fully_convolutional_classifiers_are_tuned_too(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((10, 3, 1, 1)).astype(np.float32)
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w"], ["h"], name="conv"),
+        onnx.helper.make_node("GlobalAveragePool", ["h"], ["y"], name="pool"),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "fully_convolutional",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 4, 4])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 10, 1, 1])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    inputs = rng.standard_normal((40, 3, 4, 4)).astype(np.float32)
+    labels = np.einsum("oc,ncij->no", weight[:, :, 0, 0], inputs).argmax(axis=1)
+    result = tune(
+        path,
+        calibration=ArrayInputs(inputs),
+        evaluation=ArrayInputs(inputs, labels=labels),
+        n_trials=2,
+        cache=None,
+    )
+    assert result.all_inputs.float_model.top1 == 1.0
+    assert result.all_inputs.quantized.agreement >= 0.9
+    assert result.all_inputs.difference is not None
+    expected = (result.all_inputs.quantized.top1 or 0.0) - 1.0
+    assert result.all_inputs.difference.estimate == pytest.approx(expected)

@@ -135,11 +135,22 @@ def top_k_accuracy(outputs: NDArray[Any], labels: ArrayLike, k: int) -> float:
 def agreement(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
     """Share of inputs, 0 to 1, for which two models predict the same class.
 
+    See :func:`agrees` for arguments and errors.
+    """
+    return float(agrees(outputs, reference).mean())
+
+
+def agrees(outputs: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.bool_]:
+    """Say for each input whether two models predict the same class.
+
     An input for which a score is not a number does not agree.
 
     Args:
         outputs: Scores of shape (n, classes) or (n, classes, 1, 1).
         reference: The other model's scores, of the same shape.
+
+    Returns:
+        Booleans of shape (n,).
 
     Raises:
         InputError: The outputs are not scores of classes, or have different shapes.
@@ -147,7 +158,8 @@ def agreement(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
     _check_same_shape(outputs, reference)
     ours, theirs = class_scores(outputs), class_scores(reference)
     valid = ~(np.isnan(ours).any(axis=1) | np.isnan(theirs).any(axis=1))
-    return float(np.mean(valid & (ours.argmax(axis=1) == theirs.argmax(axis=1))))
+    same: NDArray[np.bool_] = valid & (ours.argmax(axis=1) == theirs.argmax(axis=1))
+    return same
 
 
 def sqnr_db(outputs: NDArray[Any], reference: NDArray[Any]) -> float:

@@ -27,6 +27,7 @@ from onnx import numpy_helper
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import quantized_node
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 
 
@@ -100,11 +101,7 @@ def load_quantized(path: str | Path) -> onnx.ModelProto | None:
         proto = onnx.load(path)
     except (DecodeError, OSError, ValueError):
         return None
-    quantized = any(
-        node.op_type in ("QuantizeLinear", "DequantizeLinear", *_INTEGER_OPS)
-        for node in proto.graph.node
-    )
-    return proto if quantized else None
+    return None if quantized_node(proto) is None else proto
 
 
 def check_node_names(model: FloatModel, names: Sequence[str]) -> None:

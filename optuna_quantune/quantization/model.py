@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import tempfile
+from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,14 +130,24 @@ def load_float_model(path: str | Path) -> FloatModel:
 
 
 def _refuse_quantized(proto: onnx.ModelProto, path: Path) -> None:
-    for node in proto.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear") or (
+    node = quantized_node(proto)
+    if node is not None:
+        raise InputError(
+            f"model {path}: already quantized (node {node.name or node.output[0]!r} is a "
+            f"{node.op_type}); give the float model"
+        )
+
+
+def quantized_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
+    """The first node of a model that works on quantized tensors, or None."""
+    exact = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QGemm")
+    nodes: Iterable[onnx.NodeProto] = proto.graph.node
+    for node in nodes:
+        if node.op_type in exact or (
             node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
         ):
-            raise InputError(
-                f"model {path}: already quantized (node {node.name or node.output[0]!r} is a "
-                f"{node.op_type}); give the float model"
-            )
+            return node
+    return None
 
 
 def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
