@@ -1,18 +1,20 @@
 """Records tables: every configuration of the `quantune` preset of a model, measured exactly.
 
-    python -m benchmarks.record DATA [--models NAME ...] [--limit N] [--refresh]
+    python -m benchmarks.record DATA [--models NAME ...] [--limit N] [--without-latency]
+        [--refresh] [--cache FOLDER]
 
 DATA is a folder of `models/models.json`, `imagenet-val/`, `imagenet-calibration/`, `cifar10/`;
-the model `demo` needs none. Tables go to `benchmarks/tables/MODEL.csv`, one row a
-configuration, with what a replay of racing needs: the inputs whose correctness or agreement with
-float differs. An interrupted run goes on where it stopped; a row is written when it is complete.
-The columns are described in `benchmarks/tables/README.md`.
+the model `demo` needs none. A table is three files under `benchmarks/tables/`, described in the
+README there: MODEL.csv (a row a configuration), MODEL.json (what the rows share) and
+MODEL.parquet (each configuration's prediction and margin for each input, for replaying searches
+that stop early). An interrupted run goes on where it stopped: whatever a configuration lacks is
+measured, what is there stays.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import hashlib
 import io
 import json
 import time
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks import machine
+from benchmarks import tables
 from optuna_quantune.demo import load_demo
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.evaluation.dataset import ImageFolder
@@ -34,7 +38,6 @@ from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.selection import pack
 
 
-TABLES = Path(__file__).parent / "tables"
 # Ordered by the time that a table takes.
 MODELS = (
     "demo",
@@ -47,107 +50,182 @@ MODELS = (
     "googlenet",
 )
 CALIBRATION_INPUTS = 512
+KNOBS = ("calibration_images", "scheme", "clipping", "granularity", "mixed_precision")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--limit", type=int, help="stop after this many new rows of each model")
+    parser.add_argument("--limit", type=int, help="stop after this many configurations a model")
+    parser.add_argument(
+        "--without-latency",
+        action="store_true",
+        help="leave latencies to a later run, for a machine that has other work now",
+    )
     parser.add_argument(
         "--refresh", action="store_true", help="only predict anew; measured columns stay"
     )
     parser.add_argument("--cache", type=Path, help="folder of calibration statistics")
     arguments = parser.parse_args()
-    TABLES.mkdir(exist_ok=True)
     for name in arguments.models:
+        recording = Recording(name, arguments.data, arguments.cache)
         if arguments.refresh:
-            refresh(name, arguments.data, arguments.cache)
-            continue
-        record(name, arguments.data, arguments.cache, arguments.limit)
+            recording.refresh()
+        else:
+            recording.complete(arguments.limit, latency=not arguments.without_latency)
+    write_checksums()
 
 
-def record(name: str, data: Path, cache: Path | None, limit: int | None) -> None:
-    """Appends the missing rows of one model's table."""
-    path, calibration, evaluation = sources(name, data)
-    objective = QuantizationObjective(
-        path, calibration=calibration, evaluation=evaluation, cache=cache
-    )
-    table = TABLES / f"{name}.csv"
-    done = set()
-    if table.is_file():
-        with table.open() as file:
-            done = {key(row) for row in csv.DictReader(file)}
-    missing = [params for params in objective.space.grid() if key(params) not in done]
-    if not missing:
-        return
-    objective.prepare()
-    write_float_model(name, objective)
-    labels = evaluation.labels
-    reference = objective.float_evaluation.outputs
-    for params in missing[:limit]:
+class Recording:
+    """One model's table while it grows.
+
+    Args:
+        name: One of `MODELS`.
+        data: The folder of models and images.
+        cache: Folder of calibration statistics.
+    """
+
+    def __init__(self, name: str, data: Path, cache: Path | None) -> None:
+        path, calibration, evaluation = sources(name, data)
+        self.objective = QuantizationObjective(
+            path, calibration=calibration, evaluation=evaluation, cache=cache
+        )
+        self.name = name
+        self.grid = list(self.objective.space.grid())
+        self.csv = tables.FOLDER / f"{name}.csv"
+        self.parquet = tables.FOLDER / f"{name}.parquet"
+        self.rows: list[dict[str, Any]] = []
+        self.predictions = pd.DataFrame()
+        if self.csv.is_file():
+            frame = pd.read_csv(self.csv, dtype=str, keep_default_na=False)
+            self.rows = frame.to_dict("records")
+        if self.parquet.is_file():
+            self.predictions = pd.read_parquet(self.parquet)
+        for row, params in zip(self.rows, self.grid, strict=False):
+            if key(row) != key(params):
+                raise SystemExit(f"{self.csv}: row {key(row)!r} stands where {params} should")
+
+    def complete(self, limit: int | None, *, latency: bool) -> None:
+        """Measures what is missing, configuration by configuration."""
+        missing = [n for n in range(len(self.grid)) if not self._is_complete(n, latency=latency)]
+        if not missing:
+            return
+        self.objective.prepare()
+        if not (tables.FOLDER / f"{self.name}.json").is_file():
+            write_float_model(self.name, self.objective)
+        for number in missing[:limit]:
+            self._measure(number, latency=latency)
+            self._write()
+            row = self.rows[number]
+            print(f"{self.name} {key(row)} {row['top1']} {row['agreement']}", flush=True)
+
+    def refresh(self) -> None:
+        """Replaces the predictions of a recorded table by those of the present noise model."""
+        for row, params in zip(self.rows, self.grid, strict=False):
+            row.update(self._predicted(params))
+        self._write()
+
+    def _is_complete(self, number: int, *, latency: bool) -> bool:
+        return (
+            number < len(self.rows)
+            and f"class_{number:02}" in self.predictions
+            and not (latency and self.rows[number]["latency_ratio"] == "")
+        )
+
+    def _measure(self, number: int, *, latency: bool) -> None:
+        objective, params = self.objective, self.grid[number]
         start = time.perf_counter()
         quantized = objective.quantize(objective.space.config(params))
-        built = time.perf_counter()
-        result = objective.evaluate(quantized.proto)
-        evaluated = time.perf_counter()
+        build_seconds = time.perf_counter() - start
         model = quantized.proto.SerializeToString()
-        latency = objective.latency(model)
+        digest = quantized.digest[:16]
+        if number == len(self.rows):
+            self.rows.append({**params, "digest": digest})
+        row = self.rows[number]
+        if row["digest"] != digest:
+            raise SystemExit(
+                f"{self.csv}: {key(row)} was recorded as another model than is built now; "
+                "remove the table and record it anew"
+            )
+        if f"class_{number:02}" not in self.predictions:
+            self._evaluate(number, quantized.proto)
+            row["build_seconds"] = round(build_seconds, 3)
+        if latency and not row.get("latency_ratio"):
+            measured = objective.latency(model)
+            row["latency_ratio"] = round(measured.ratio, 4)
+            row["latency_ms"] = round(measured.median_ms, 4)
+
+    def _evaluate(self, number: int, model: Any) -> None:
+        objective, row = self.objective, self.rows[number]
+        result = objective.evaluate(model)
+        reference = objective.float_evaluation.outputs.argmax(axis=1)
         predictions = result.outputs.argmax(axis=1)
-        row: dict[str, Any] = {
-            **params,
-            "top1": result.measurement.top1,
-            "top5": result.measurement.top5,
-            "agreement": result.measurement.agreement,
-            "sqnr_db": round(result.measurement.sqnr_db, 3),
-            "latency_ratio": round(latency.ratio, 4),
-            "latency_ms": round(latency.median_ms, 4),
-            "size_bytes": len(model),
-            "build_seconds": round(built - start, 3),
-            "evaluate_seconds": round(evaluated - built, 3),
-            **{k: round(v, 4) for k, v in objective.features(params).items()},
-            "digest": quantized.digest[:16],
-            "correct": pack(predictions == labels),
-            "agrees": pack(predictions == reference.argmax(axis=1)),
+        if self.predictions.empty:
+            self.predictions = pd.DataFrame(
+                {
+                    "label": objective.evaluation.labels,
+                    "float_class": reference.astype(np.int16),
+                    "float_margin": margins(objective.float_evaluation.outputs, reference),
+                }
+            )
+        same = predictions == reference
+        columns: dict[str, Any] = {
+            f"class_{number:02}": np.where(same, -1, predictions).astype(np.int16),
+            f"margin_{number:02}": margins(result.outputs, reference),
         }
-        append(table, row)
-        print(f"{name} {key(params)} {row['top1']:.4f} {row['agreement']:.4f}", flush=True)
+        self.predictions = self.predictions.assign(**columns)
+        latency = {name: row.get(name, "") for name in ("latency_ratio", "latency_ms")}
+        digest = row.pop("digest")
+        row.update(
+            {
+                "top1": result.measurement.top1,
+                "top5": result.measurement.top5,
+                "agreement": result.measurement.agreement,
+                "sqnr_db": round(result.measurement.sqnr_db, 3),
+                **latency,
+                "size_bytes": len(model.SerializeToString()),
+                "build_seconds": row.get("build_seconds", ""),
+                "evaluate_seconds": round(result.seconds, 3),
+                **self._predicted(self.grid[number]),
+                "digest": digest,
+                "correct": pack(predictions == objective.evaluation.labels),
+                "agrees": pack(same),
+            }
+        )
 
+    def _predicted(self, params: dict[str, Any]) -> dict[str, float]:
+        return {k: round(v, 4) for k, v in self.objective.features(params).items()}
 
-def refresh(name: str, data: Path, cache: Path | None) -> None:
-    """Replaces the predictions of a recorded table by those of the present noise model."""
-    table = TABLES / f"{name}.csv"
-    path, calibration, evaluation = sources(name, data)
-    objective = QuantizationObjective(
-        path, calibration=calibration, evaluation=evaluation, cache=cache
-    )
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    by_key = {key(params): params for params in objective.space.grid()}
-    for row in rows:
-        features = objective.features(by_key[key(row)])
-        row.update({k: str(round(v, 4)) for k, v in features.items()})
-    with table.open("w") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    def _write(self) -> None:
+        """Writes the files beside their names and renames them, so that none is ever half."""
+        unfinished = self.csv.with_suffix(".tmp")
+        pd.DataFrame(self.rows).to_csv(unfinished, index=False)
+        unfinished.replace(self.csv)
+        if not self.predictions.empty:
+            self.predictions.to_parquet(unfinished, compression="zstd")
+            unfinished.replace(self.parquet)
 
 
 def key(row: dict[str, Any]) -> str:
     """The knobs of a row, as one string."""
-    knobs = ("calibration_images", "scheme", "clipping", "granularity", "mixed_precision")
-    return " ".join(str(row[knob]) for knob in knobs)
+    return " ".join(str(row[knob]) for knob in KNOBS)
 
 
-def append(table: Path, row: dict[str, Any]) -> None:
-    """Appends a row in one write, with the header before the first."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
-    if not table.is_file():
-        writer.writeheader()
-    writer.writerow(row)
-    with table.open("a") as file:
-        file.write(text.getvalue())
+def margins(outputs: NDArray[np.float32], classes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Score of the given class minus the largest other score, of shape (n,), 1e-3 resolution."""
+    rows = np.arange(len(outputs))
+    others = outputs.copy()
+    others[rows, classes] = -np.inf
+    margin = outputs[rows, classes] - others.max(axis=1)
+    return np.round(margin, 3).astype(np.float32, copy=False)
+
+
+def write_checksums() -> None:
+    """SHA-256 of every file of the tables, in the format of sha256sum."""
+    files = sorted(f for f in tables.FOLDER.iterdir() if f.suffix in (".csv", ".json", ".parquet"))
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in files]
+    (tables.FOLDER / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
 def write_float_model(name: str, objective: QuantizationObjective) -> None:
@@ -172,7 +250,7 @@ def write_float_model(name: str, objective: QuantizationObjective) -> None:
         "machine": machine.describe(),
         "command": "python -m benchmarks.record DATA",
     }
-    (TABLES / f"{name}.json").write_text(json.dumps(description) + "\n")
+    (tables.FOLDER / f"{name}.json").write_text(json.dumps(description) + "\n")
 
 
 def sources(name: str, data: Path) -> tuple[Path, InputSource, InputSource]:

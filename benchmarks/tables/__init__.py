@@ -43,11 +43,32 @@ class Table:
         """Which inputs a configuration classifies rightly, shape (inputs,)."""
         return unpack(self.rows["correct"][row], self.float_model["inputs"])
 
+    def classes(self, row: int) -> NDArray[np.int64]:
+        """What a configuration predicts for each input, shape (inputs,)."""
+        changed = self.predictions[f"class_{row:02}"].to_numpy(np.int64)
+        float_classes = self.predictions["float_class"].to_numpy(np.int64)
+        predicted: NDArray[np.int64] = np.where(changed < 0, float_classes, changed)
+        return predicted
+
+    def margins(self, row: int) -> NDArray[np.float64]:
+        """A configuration's score of the float model's class minus its largest other score."""
+        margins: NDArray[np.float64] = self.predictions[f"margin_{row:02}"].to_numpy(np.float64)
+        return margins
+
     def features(self, params: dict[str, Any]) -> dict[str, float]:
         """The recorded predictions of the noise model for a configuration."""
         row = self.rows.iloc[self.key(params)]
         names = [c for c in self.rows if c.endswith("sqnr_db") and c not in _NOT_FEATURES]
         return {name: float(row[name]) for name in [*names, "expected_agreement", "prior"]}
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        """Predictions and margins, one row an input, see the README of this folder.
+
+        Raises:
+            FileNotFoundError: If the table was recorded without them.
+        """
+        return pd.read_parquet(FOLDER / f"{self.name}.parquet")
 
     @cached_property
     def _index(self) -> dict[tuple[str, ...], int]:
