@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest lint clean
+.PHONY: help demo test test-lowest test-optuna lint clean
 
 help:  ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,6 +22,9 @@ test-lowest:  ## Run the tests with the lowest versions that pyproject.toml admi
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint tests/lowest.txt --editable '.[dev]'
 	.venv-lowest/bin/python -m pytest -n 2
+
+test-optuna: $(VENV)/.installed-dev  ## Run the sampler tests of Optuna's source distribution.
+	$(BIN)/python tests/optuna_sdist.py
 
 lint: $(VENV)/.installed-dev  ## Check style and types.
 	$(BIN)/ruff check .

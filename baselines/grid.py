@@ -24,12 +24,19 @@ def create(search_space: Mapping[str, BaseDistribution], *, seed: int | None) ->
     Raises:
         ValueError: If a float parameter has no step.
     """
-    values = {name: _values(name, distribution) for name, distribution in search_space.items()}
+    values = {name: grid_values(name, knob) for name, knob in search_space.items()}
     # GridSampler takes the seed 0 for "no seed", and for None as well.
     return GridSampler(values, seed=None if seed is None else seed + 1)
 
 
-def _values(name: str, distribution: BaseDistribution) -> list[str | float | int | bool | None]:
+def grid_values(
+    name: str, distribution: BaseDistribution
+) -> list[str | float | int | bool | None]:
+    """All values of one parameter, in their order.
+
+    Raises:
+        ValueError: If it is a float without a step.
+    """
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution):

@@ -1,154 +1,163 @@
 """Compares samplers on the recorded tables.
 
-    python -m benchmarks.compare [--samplers NAME ...] [--tables NAME ...] [--seeds 20] [--quick]
+    python -m benchmarks.compare [--samplers NAME ...] [--tables NAME ...] [--seeds 10]
+        [--refresh NAME ...] [--quick]
 
-A run asks a sampler for configurations and answers from the table. Values are what a search sees:
-the top-1 accuracy on a random half of the inputs; regret is counted on the other half, against the
-configuration that is best there on average over all inputs, so that luck does not count as skill.
-Results go to `benchmarks/results/compare/`: regret curves as CSV, Markdown and PNG.
+Every sampler runs on every table with every seed (`benchmarks.replay` has the rules). Runs are
+kept in `benchmarks/results/compare/runs.csv`, so that an interrupted comparison goes on and only
+missing runs are made; `--refresh` makes those of the named samplers anew, for a sampler whose code
+has changed. From the runs follow, in `benchmarks/results/compare/`:
+
+- how many trials, and how many seconds of the recorded measurements, until within 0.2 and 0.1
+  points of the best of all configurations;
+- regret after each trial with bootstrap intervals, on the inputs that the search saw and on
+  others;
+- repeats, and what the sampler itself takes for a trial;
+- ranks with a critical-difference diagram, and paired tests.
+
+`--quick` makes the runs of the fast samplers anew with two seeds, in at most two minutes, and
+writes their ranking beside the committed one into `quick.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import optuna
-import pandas as pd
-from numpy.typing import NDArray
-from optuna.samplers import BaseSampler
+from scipy import stats
 
 from benchmarks import machine
+from benchmarks import runs as stored
 from benchmarks import tables
+from benchmarks.compare_report import rank
+from benchmarks.compare_report import write
+from benchmarks.replay import digest
+from benchmarks.replay import NOTIONS
+from benchmarks.replay import replay
+from benchmarks.replay import Run
+from benchmarks.scores import score
 from benchmarks.tables import Table
-from optuna_quantune.search.sampler import QuantuneSampler
-from optuna_quantune.space import SearchSpace
 
 
 RESULTS = Path(__file__).parent / "results" / "compare"
-BUDGETS = (1, 3, 5, 10, 15, 25)
-SAMPLERS = ("quantune+features", "quantune", "tpe", "genetic", "cma", "grid", "random")
+SAMPLERS = (
+    "quantune+transfer",
+    "quantune+features",
+    "quantune",
+    "quantune_published+transfer",
+    "quantune_published",
+    "gp",
+    "smac",
+    "tpe",
+    "auto",
+    "cma",
+    "genetic",
+    "genetic_50",
+    "qmc",
+    "random",
+    "random_without_replacement",
+    "brute_force",
+    "grid_lexicographic",
+)
+# These take a tenth of a second and more for a trial, or must be downloaded.
+NOT_QUICK = ("gp", "smac", "auto")
+QUICK_SEEDS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS)
-    parser.add_argument("--tables", nargs="+", default=None)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="three seeds")
+    parser.add_argument("--tables", nargs="+", help="all complete ones by default")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--refresh", nargs="+", default=(), metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="two minutes, fast samplers only")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    names = arguments.tables or tables.complete()
-    loaded = {name: tables.load(name) for name in names}
-    rows = []
-    for name, table in loaded.items():
-        for sampler in arguments.samplers:
-            for seed in range(3 if arguments.quick else arguments.seeds):
-                rows += replay(table, sampler, seed)
-            print(f"{name} {sampler}", flush=True)
-    write(pd.DataFrame(rows), names)
+    loaded = {name: tables.load(name) for name in arguments.tables or tables.complete()}
+    known = up_to_date(stored.load(RESULTS / "runs.csv"), loaded)
+    if arguments.quick:
+        quick(loaded, known)
+        return
+    known = [run for run in known if run.sampler not in arguments.refresh]
+    stored.write(RESULTS / "runs.csv", known)
+    for seed in range(arguments.seeds):
+        known += missing_runs(loaded, arguments.samplers, seed, known)
+    stored.write(RESULTS / "runs.csv", known)
+    write(loaded, [score(loaded[run.table], run) for run in known], RESULTS)
 
 
-def replay(table: Table, name: str, seed: int) -> list[dict[str, Any]]:
-    """One run: regret of the incumbent in points after each of the budgets."""
-    seen, hidden = halves(table, seed)
-    best = hidden.max()
-    space = SearchSpace.preset("quantune")
-    sampler = make(name, space, table, seed)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    incumbent, value = 0, -np.inf
-    rows = []
+def up_to_date(runs: list[Run], loaded: dict[str, Table]) -> list[Run]:
+    """The runs that were made on the tables as they are."""
+    digests = {
+        (table, sampler): digest(loaded[table], sampler)
+        for table, sampler in {(run.table, run.sampler) for run in runs if run.table in loaded}
+    }
+    return [run for run in runs if digests.get((run.table, run.sampler)) == run.digest]
+
+
+def missing_runs(
+    loaded: dict[str, Table], samplers: Iterable[str], seed: int, known: list[Run]
+) -> list[Run]:
+    """Makes the runs of one seed that are not known, and stores each as soon as it is made."""
+    done = {(run.table, run.sampler, run.notion, run.seed) for run in known}
+    made = []
+    for sampler in samplers:
+        start = time.perf_counter()
+        try:
+            for table in loaded.values():
+                for notion in NOTIONS:
+                    if (table.name, sampler, notion, seed) not in done:
+                        made.append(replay(table, sampler, seed, notion))
+                        stored.append(RESULTS / "runs.csv", made[-1])
+        except (ImportError, ValueError) as error:
+            print(f"{sampler}: not run ({error})", file=sys.stderr)
+            continue
+        print(f"seed {seed} {sampler}: {time.perf_counter() - start:.1f} s", flush=True)
+    return made
+
+
+def quick(loaded: dict[str, Table], known: list[Run]) -> None:
+    """The ranking of the fast samplers, from new runs and from the committed ones."""
     start = time.perf_counter()
-    for number in range(1, max(BUDGETS) + 1):
-        trial = study.ask(dict(space))
-        row = table.key(trial.params)
-        study.tell(trial, float(seen[row]))
-        if seen[row] > value:
-            incumbent, value = row, seen[row]
-        if number in BUDGETS:
-            rows.append(
-                {
-                    "table": table.name,
-                    "sampler": name,
-                    "seed": seed,
-                    "trials": number,
-                    "regret_points": 100 * (best - hidden[incumbent]),
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-    return rows
-
-
-def halves(table: Table, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Accuracy of every configuration on a random half of the inputs, and on the other half."""
-    correct = np.stack([table.correct(row) for row in range(len(table.rows))])
-    order = np.random.default_rng(seed).permutation(correct.shape[1])
-    middle = len(order) // 2
-    return correct[:, order[:middle]].mean(axis=1), correct[:, order[middle:]].mean(axis=1)
-
-
-def make(name: str, space: SearchSpace, table: Table, seed: int) -> BaseSampler:
-    """A sampler by name: ours, or a module of `baselines`."""
-    if name == "quantune":
-        return QuantuneSampler(space, seed=seed)
-    if name == "quantune+features":
-        return QuantuneSampler(space, features=table.features, seed=seed)
-    create: Callable[..., BaseSampler] = importlib.import_module(f"baselines.{name}").create
-    return create(space, seed=seed)
-
-
-def write(frame: pd.DataFrame, names: list[str]) -> None:
-    """The runs as CSV, the means with intervals as Markdown and PNG."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(RESULTS / "runs.csv", index=False, float_format="%.4f")
-    groups = frame.groupby(["sampler", "trials"], sort=False)["regret_points"]
-    mean = groups.mean().unstack()
-    error = groups.sem().unstack()
-    order = list(frame["sampler"].unique())
+    scores = []
+    for sampler in (name for name in SAMPLERS if name not in NOT_QUICK):
+        try:
+            for table in loaded.values():
+                for seed in range(QUICK_SEEDS):
+                    scores.append(score(table, replay(table, sampler, seed, "exact")))
+        except (ImportError, ValueError) as error:
+            print(f"{sampler}: not run ({error})", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    new = rank(scores)
+    committed = rank([score(loaded[run.table], run) for run in known if run.notion == "exact"])
+    names = [name for name in committed.names if name in new.names]
+    old_order = {name: committed.mean_ranks[committed.names.index(name)] for name in names}
+    new_order = {name: new.mean_ranks[new.names.index(name)] for name in names}
+    correlation = stats.spearmanr(list(old_order.values()), list(new_order.values())).statistic
     lines = [
-        "# Samplers on the recorded tables",
+        "# Quick ranking",
         "",
-        f"{machine.as_markdown(machine.describe())}.",
+        f"`python -m benchmarks.compare --quick`; {machine.as_markdown(machine.describe())}.",
         "",
-        f"`python -m benchmarks.compare {' '.join(sys.argv[1:])}`, "
-        f"{frame['seed'].nunique()} seeds, tables: "
-        f"{', '.join(names)}.",
+        f"{QUICK_SEEDS} seeds, {len(loaded)} tables, {seconds:.0f} s. Mean rank by the trials",
+        "until within 0.1 points of the best; the committed ranks are among more samplers.",
+        f"Spearman's correlation of the two: {correlation:.2f}.",
         "",
-        "Mean regret in points of top-1 accuracy on the half of the inputs that the search did",
-        "not see, with its standard error. It is counted from the best on that half itself, so no",
-        "sampler can reach 0: what cannot be told apart on the seen half costs everyone alike.",
-        "",
-        "| sampler | " + " | ".join(f"{n} trials" for n in BUDGETS) + " |",
-        "| --- |" + " --- |" * len(BUDGETS),
+        "| sampler | now | committed |",
+        "| --- | --- | --- |",
+        *(
+            f"| {name} | {mean_rank:.1f} | "
+            + (f"{old_order[name]:.1f} |" if name in old_order else "- |")
+            for name, mean_rank in zip(new.names, new.mean_ranks, strict=True)
+        ),
     ]
-    for sampler in order:
-        cells = [f"{mean.loc[sampler, n]:.2f} ± {error.loc[sampler, n]:.2f}" for n in BUDGETS]
-        lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
-    lines += ["", "By table, after 3 trials:", "", "| sampler | " + " | ".join(names) + " |"]
-    lines.append("| --- |" + " --- |" * len(names))
-    third = frame[frame["trials"] == 3].groupby(["sampler", "table"])["regret_points"].mean()
-    for sampler in order:
-        cells = [f"{third[sampler, name]:.2f}" for name in names]
-        lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
-    (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), constrained_layout=True)
-    for sampler in order:
-        y, spread = mean.loc[sampler], error.loc[sampler]
-        axes.plot(BUDGETS, y, marker="o", label=sampler)
-        axes.fill_between(BUDGETS, y - 1.96 * spread, y + 1.96 * spread, alpha=0.15)
-    axes.set_yscale("log")
-    axes.set_xlabel("trials")
-    axes.set_ylabel("regret on unseen inputs, points of top-1")
-    axes.legend()
-    figure.savefig(RESULTS / "regret.png", dpi=120)
-    plt.close(figure)
+    text = "\n".join(lines) + "\n"
+    (RESULTS / "quick.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from optuna_quantune.evaluation.dataset import ReaderInputs
 from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.search.pruner import RacingPruner
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
@@ -28,6 +29,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationObjective",
     "QuantuneSampler",
+    "RacingPruner",
     "ReaderInputs",
     "SearchSpace",
     "Target",

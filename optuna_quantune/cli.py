@@ -24,15 +24,19 @@ from rich.logging import RichHandler
 import optuna_quantune
 from optuna_quantune.demo import load_demo
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.chosen_metric import Direction
+from optuna_quantune.evaluation.chosen_metric import MetricName
 from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.evaluation.dataset import as_input_source
 from optuna_quantune.evaluation.dataset import ImageFolder
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.preprocessing import Preprocessing
-from optuna_quantune.objective import check_writable
+from optuna_quantune.evaluation.runner import Provider
+from optuna_quantune.importing import import_function
+from optuna_quantune.model_file import check_writable
+from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
-from optuna_quantune.objective import Metric
 from optuna_quantune.objective import QuantizationObjective
-from optuna_quantune.objective import write_model
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.lint import lint_model
@@ -42,11 +46,14 @@ from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.report.console import config_lines
 from optuna_quantune.report.console import finding_lines
 from optuna_quantune.report.console import layers_table
+from optuna_quantune.report.console import pareto_table
 from optuna_quantune.report.console import predictions_table
+from optuna_quantune.report.console import remark_lines
 from optuna_quantune.report.console import result_table
 from optuna_quantune.report.console import trial_line
 from optuna_quantune.report.console import trials_table
 from optuna_quantune.report.progress import ProgressBars
+from optuna_quantune.selection import Preference
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
@@ -94,7 +101,25 @@ def _data_options(command: Command) -> Command:
             show_default="the user's cache folder",
             help="Folder where calibration statistics are kept for the next run.",
         ),
-        click.option("--target", default="cpu", help="Device that the model is made for."),
+        click.option(
+            "--provider",
+            "providers",
+            multiple=True,
+            metavar="NAME[:KEY=VALUE,...]",
+            help="ONNX Runtime execution provider with its options; several in order of "
+            "preference. By default the target's.",
+        ),
+        click.option(
+            "--target",
+            default="cpu",
+            help="Device that the model is made for: cpu, arm64, tensorrt, qnn or vta.",
+        ),
+        click.option(
+            "--data",
+            metavar="MODULE:FUNCTION",
+            help="In place of image folders: FUNCTION('calibration') and FUNCTION('evaluation') "
+            "give an array, arrays by input name, a calibration data reader or an InputSource.",
+        ),
         click.option(
             "--preprocessing",
             metavar="JSON",
@@ -120,7 +145,7 @@ def _search_options(n_trials: int) -> Callable[[Command], Command]:
                 "--timeout",
                 type=click.FloatRange(min=0, min_open=True),
                 metavar="SECONDS",
-                help="No trial begins later than this.",
+                help="No trial but the first begins later than this after the start.",
             ),
             click.option(
                 "--n-trials",
@@ -143,50 +168,135 @@ def _search_options(n_trials: int) -> Callable[[Command], Command]:
     return decorate
 
 
+def _goal_options(command: Command) -> Command:
+    for option in (
+        click.option(
+            "--prefer",
+            type=click.Choice(get_args(Preference)),
+            show_default="size if only that is an objective or bounded, otherwise latency",
+            help="What decides among models that cannot be told from the best one.",
+        ),
+        click.option(
+            "--max-size",
+            type=click.IntRange(1),
+            metavar="BYTES",
+            help="Take the most accurate model whose file has at most so many bytes.",
+        ),
+        click.option(
+            "--max-latency",
+            type=click.FloatRange(0, min_open=True),
+            metavar="RATIO",
+            help="Take the most accurate model whose latency is at most RATIO times that of the "
+            "float model (0.5 is twice as fast).",
+        ),
+        click.option(
+            "--max-accuracy-drop",
+            type=click.FloatRange(0),
+            metavar="X",
+            help="Take the fastest model that loses at most X (0.01 is one point).",
+        ),
+        click.option(
+            "--objectives",
+            default="accuracy",
+            metavar="NAMES",
+            help="What is optimised, with commas between: accuracy (the metric), latency, size. "
+            "Several give a Pareto front.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command("tune")
 @click.argument("model")
-@click.option("--calibration", required=True, metavar="DIR", help="Images for calibration.")
-@click.option("--evaluation", required=True, metavar="DIR", help="Images for evaluation.")
+@click.option("--calibration", metavar="DIR", help="Images for calibration.")
+@click.option("--evaluation", metavar="DIR", help="Images for evaluation.")
 @click.option(
     "--labels", metavar="CSV", help="Columns file,label_index; DIR/labels.csv if it is there."
 )
 @click.option(
     "--metric",
-    type=click.Choice(get_args(Metric)),
+    metavar="NAME",
     show_default="top1 with labels, agreement without",
-    help="What is maximized.",
+    help=f"What is maximized: {', '.join(get_args(MetricName))}, or MODULE:FUNCTION, which is "
+    "called with the outputs of the int8 and of the float model and gives a number.",
 )
 @click.option(
-    "--max-accuracy-drop",
-    type=click.FloatRange(0, 1),
-    metavar="X",
-    help="Take the fastest model that loses at most X (0.01 is one point).",
+    "--evaluate",
+    metavar="MODULE:FUNCTION",
+    help="In place of --metric: called with an InferenceSession, gives a number.",
 )
+@click.option(
+    "--direction",
+    type=click.Choice(get_args(Direction)),
+    default="maximize",
+    help="Which values of a FUNCTION of your own are better.",
+)
+@_goal_options
 @click.option("--output", metavar="PATH", show_default="MODEL.int8.onnx", help="Model to write.")
 @_search_options(n_trials=20)
 @_data_options
 def tune_command(
     model: str,
-    calibration: str,
-    evaluation: str,
+    calibration: str | None,
+    evaluation: str | None,
     labels: str | None,
     preprocessing: str | None,
+    data: str | None,
+    metric: str | None,
+    evaluate: str | None,
     output: str | None,
     **options: Any,
 ) -> None:
     """Searches the best int8 configuration of MODEL and writes the model."""
-    recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
+    own_inputs = evaluate is not None and evaluation is None
     _tune(
         model,
-        calibration=ImageFolder(calibration, preprocessing=recipe),
-        evaluation=ImageFolder(evaluation, labels=labels, preprocessing=recipe),
+        calibration=_inputs("calibration", calibration, data, preprocessing),
+        evaluation=None
+        if own_inputs
+        else _inputs("evaluation", evaluation, data, preprocessing, labels=labels),
+        metric=import_function(metric, "--metric") if metric and ":" in metric else metric,
+        evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
         output=output or str(Path(model).with_suffix(".int8.onnx")),
         **options,
     )
 
 
+def _inputs(
+    split: str,
+    folder: str | None,
+    data: str | None,
+    preprocessing: str | None,
+    *,
+    labels: str | None = None,
+) -> InputSource:
+    """The inputs that the options ask for: an image folder, or what a function gives."""
+    if (folder is None) == (data is None):
+        raise InputError(f"--{split}: give a folder of images, or inputs by --data")
+    if data is None:
+        assert folder is not None
+        recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
+        return ImageFolder(folder, labels=labels, preprocessing=recipe)
+    if labels is not None or preprocessing is not None:
+        raise InputError("--data: its inputs bring their own labels and preprocessing")
+    return as_input_source(import_function(data, "--data")(split))
+
+
+def _provider(text: str) -> Provider:
+    """`NAME` or `NAME:key=value,...`."""
+    name, colon, settings = text.partition(":")
+    if not colon:
+        return name
+    pairs = [setting.partition("=") for setting in settings.split(",")]
+    if not all(key and equals for key, equals, _ in pairs):
+        raise InputError(f"--provider {text}: options must be KEY=VALUE with commas between")
+    return name, {key: value for key, _, value in pairs}
+
+
 @cli.command("demo")
 @click.option("--output", default="demo.int8.onnx", metavar="PATH", help="Model to write.")
+@_goal_options
 @_search_options(n_trials=20)
 def demo_command(output: str, **options: Any) -> None:
     """Runs the whole job on a small model and images that come with the package."""
@@ -212,14 +322,15 @@ def demo_command(output: str, **options: Any) -> None:
     help='Knobs as JSON, or a file of it: \'{"scheme": "symmetric_uint8", "clipping": "kl"}\'. '
     "Knobs left out keep their default.",
 )
-@click.option("--calibration", required=True, metavar="DIR", help="Images for calibration.")
+@click.option("--calibration", metavar="DIR", help="Images for calibration.")
 @click.option("--output", metavar="PATH", show_default="MODEL.int8.onnx", help="Model to write.")
 @_data_options
 def quantize_command(
     model: str,
     config: str,
-    calibration: str,
+    calibration: str | None,
     preprocessing: str | None,
+    data: str | None,
     output: str | None,
     **options: Any,
 ) -> None:
@@ -230,8 +341,7 @@ def quantize_command(
     with _progress() as progress:
         objective = _objective_without_evaluation(
             model,
-            calibration,
-            preprocessing,
+            _inputs("calibration", calibration, data, preprocessing),
             space=SearchSpace({"calibration_images": [chosen.calibration_images]}),
             progress=progress,
             **options,
@@ -262,6 +372,7 @@ def inspect_command(
     float_model: str | None,
     space: str,
     preprocessing: str | None,
+    data: str | None,
     **options: Any,
 ) -> None:
     """Shows what stands out in MODEL, its layers, and which configurations promise least noise.
@@ -275,7 +386,7 @@ def inspect_command(
         return
     if float_model is not None:
         raise InputError(f"--float-model: model {model} is not a quantized model")
-    if calibration is None:
+    if calibration is None and data is None:
         loaded = load_float_model(model)
         console.print(layers_table(loaded))
         _print_findings(console, lint_model(loaded))
@@ -283,8 +394,7 @@ def inspect_command(
     with _progress() as progress:
         objective = _objective_without_evaluation(
             model,
-            calibration,
-            preprocessing,
+            _inputs("calibration", calibration, data, preprocessing),
             space=SearchSpace.load(space),
             progress=progress,
             **options,
@@ -296,17 +406,26 @@ def inspect_command(
 
 
 def _objective_without_evaluation(
-    model: str, calibration: str, preprocessing: str | None, **options: Any
+    model: str, inputs: InputSource, *, providers: Sequence[str], **options: Any
 ) -> QuantizationObjective:
-    recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
-    images = ImageFolder(calibration, preprocessing=recipe)
     return QuantizationObjective(
-        model, calibration=images, evaluation=images, metric="sqnr_db", **options
+        model,
+        calibration=inputs,
+        evaluation=inputs,
+        metric="sqnr_db",
+        providers=[_provider(text) for text in providers] or None,
+        **options,
     )
 
 
 def _tune(
-    model: str, *, calibration: InputSource, evaluation: InputSource, **options: Any
+    model: str,
+    *,
+    calibration: InputSource,
+    evaluation: InputSource | None,
+    objectives: str,
+    providers: Sequence[str] = (),
+    **options: Any,
 ) -> None:
     console = _stdout()
     with _progress() as progress:
@@ -320,27 +439,26 @@ def _tune(
             model,
             calibration=calibration,
             evaluation=evaluation,
+            objectives=[name.strip() for name in objectives.split(",")],  # type: ignore[misc]
+            providers=[_provider(text) for text in providers] or None,
             progress=progress,
             callbacks=[show],
             **options,
         )
-    _print_result(console, result, options.get("max_accuracy_drop"))
+    _print_result(console, result)
     if result.path is not None:
         _warn(lint_quantized(onnx.load(result.path), float_model=result.float_model))
 
 
-def _print_result(console: Console, result: TuningResult, bound: float | None) -> None:
-    metric = result.study.user_attrs["metric"]
-    console.print(trials_table(result.study.get_trials(deepcopy=False), metric))
+def _print_result(console: Console, result: TuningResult) -> None:
+    console.print(trials_table(result.study.get_trials(deepcopy=False), result.metric))
+    if result.pareto:
+        console.print(pareto_table(result))
     console.print(f"\nChosen: trial {result.trial.number}")
     console.print(config_lines(result) + "\n", highlight=False)
     console.print(result_table(result))
-    if not result.goal_met:
-        console.print(f"No trial loses at most {bound}; this is the most accurate one.")
-    if result.latency.low > 1:
-        console.print("The int8 model is slower than the float model on this machine.")
-    if result.interrupted:
-        console.print("The search was interrupted; this is the best model so far.")
+    for line in remark_lines(result):
+        console.print(line, highlight=False, style="bold")
     console.print(f"Wrote {result.path} after {result.seconds:.0f} s.", highlight=False)
 
 

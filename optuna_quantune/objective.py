@@ -6,19 +6,18 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import tempfile
+import math
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from typing import Final
-from typing import get_args
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -27,31 +26,52 @@ import optuna
 import platformdirs
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import NopPruner
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import Trial
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.chosen_metric import ChosenMetric
+from optuna_quantune.evaluation.chosen_metric import Direction
+from optuna_quantune.evaluation.chosen_metric import MetricFunction
+from optuna_quantune.evaluation.chosen_metric import MetricName
+from optuna_quantune.evaluation.chosen_metric import SessionFunction
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.dataset import InputSpec
+from optuna_quantune.evaluation.labels import check_label_range
 from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.latency import LatencyRatio
 from optuna_quantune.evaluation.metrics import agrees
 from optuna_quantune.evaluation.metrics import class_scores
-from optuna_quantune.evaluation.metrics import margins
-from optuna_quantune.evaluation.metrics import measure
+from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.evaluation.metrics import Measurement
 from optuna_quantune.evaluation.metrics import near_chance
 from optuna_quantune.evaluation.metrics import top_k_correct
+from optuna_quantune.evaluation.racing import looks
+from optuna_quantune.evaluation.racing import SMALLEST_RACE
+from optuna_quantune.evaluation.runner import check_providers
 from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
+from optuna_quantune.evaluation.runner import Provider
+from optuna_quantune.evaluation.runner import run
+from optuna_quantune.goals import Goals
+from optuna_quantune.goals import Objective
+from optuna_quantune.goals import Outcome
+from optuna_quantune.ladder import Climb
+from optuna_quantune.ladder import Ladder
+from optuna_quantune.ladder import RANKS
+from optuna_quantune.model_file import write_model
+from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.equalization import equalize
+from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
-from optuna_quantune.quantization.noise import expected_agreement
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.probe import probe
@@ -59,27 +79,33 @@ from optuna_quantune.quantization.probe import PROBE_INPUTS
 from optuna_quantune.quantization.quantizer import QuantizedModel
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
+from optuna_quantune.quantization.sensitivity import float_order
 from optuna_quantune.search.configurations import PRIOR_FEATURE
+from optuna_quantune.search.pruner import BAR_KEY
+from optuna_quantune.search.pruner import CORRECT_KEY
+from optuna_quantune.search.pruner import RUNGS_KEY
+from optuna_quantune.search.pruner import SEEN_KEY
 from optuna_quantune.selection import AGREES_KEY
-from optuna_quantune.selection import CORRECT_KEY
 from optuna_quantune.selection import pack
+from optuna_quantune.selection import VALUE_KEY
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import get_target
 from optuna_quantune.target import Target
 
 
-Metric = Literal["top1", "top5", "agreement", "sqnr_db"]
 # Stage ("float model", "calibration", "probe", "evaluation"), items done, items in all.
 Progress = Callable[[str, int, int], None]
 
 DEFAULT_CACHE: Final = platformdirs.user_cache_dir("optuna-quantune")
-# Constraint of a trial under `max_accuracy_drop`: feasible when not positive.
-DROP_CONSTRAINT: Final = "accuracy_drop"
 # User attribute of a study: what its values were measured on.
 TASK_KEY: Final = "task"
-# The k of the top-k metrics.
-_RANKS: Final[dict[str, int]] = {"top1": 1, "top5": 5}
-# Intermediate values that a trial reports to its pruner.
+# Half the width of the 95 % interval at which a trial ends. With it searches on the recorded
+# tables found a winner within 0.1 points of the best, and with 0.005 not always
+# (benchmarks/results/racing).
+DEFAULT_PRECISION: Final = 0.002
+# User attribute of a trial: how many inputs were run for its value.
+INPUTS_KEY: Final = "inputs_evaluated"
+# Intermediate values that a trial reports to its pruner where it runs all inputs in their order.
 _REPORTS: Final = 10
 # Interleaved batch-1 runs of the float and the int8 model in each trial.
 _LATENCY_REPEATS: Final = 20
@@ -97,13 +123,18 @@ class Evaluation:
 
     Attributes:
         measurement: Accuracy against labels and against the float model.
-        outputs: The model's first output for each evaluation input, shape (n, classes).
+        all_outputs: The model's outputs by name for all evaluation inputs, batch axis first.
         seconds: Wall-clock time.
     """
 
     measurement: Measurement
-    outputs: NDArray[np.float32]
+    all_outputs: Mapping[str, NDArray[Any]]
     seconds: float
+
+    @property
+    def outputs(self) -> NDArray[Any]:
+        """The first output, of a classifier the scores, shape (n, classes)."""
+        return next(iter(self.all_outputs.values()))
 
 
 class QuantizationObjective:
@@ -111,10 +142,17 @@ class QuantizationObjective:
 
     Any sampler, pruner and storage works with it. The value is the accuracy on the evaluation
     inputs (or the agreement with the float model when there are no labels), to be maximized;
-    what explains it stands in the trial's user attributes: ``config``, ``digest``, ``top1``,
-    ``top5``, ``agreement``, ``sqnr_db``, ``latency_ratio``, ``size_bytes``, ``seconds`` and the
-    predicted noise. A configuration that builds the very model of an earlier trial takes that
-    trial's result instead of being measured again.
+    with several `objectives` there is one value for each, and a study is created with
+    ``directions=objective.directions``. What explains it stands in the trial's user attributes:
+    ``config``, ``digest``, ``top1``, ``top5``, ``agreement``, ``sqnr_db``, ``metric_value``,
+    ``latency_ratio`` with its interval, ``size_bytes``, ``seconds`` and the predicted noise.
+
+    With ``top1``, ``top5`` and ``agreement`` a trial ends as soon as its value is known to
+    `precision`, and is then an estimate: ``inputs_evaluated``, ``interval`` and ``certain`` say
+    how good.
+
+    A configuration that builds the very model of an earlier trial takes that trial's result
+    instead of being measured again.
 
     Example:
         >>> objective = QuantizationObjective("model.onnx", calibration=calib, evaluation=val)
@@ -126,13 +164,35 @@ class QuantizationObjective:
         model: The float ONNX model.
         calibration: Inputs that activation ranges are taken from.
         evaluation: Inputs, with labels if there are any, that configurations are measured on.
+            None only with `evaluate`, which brings its own.
         space: The search space; the ``quantune`` preset by default.
         metric: ``top1``, ``top5``, ``agreement`` (share of inputs with the float model's top-1
-            class) or ``sqnr_db`` (output signal-to-noise ratio). By default ``top1`` with labels
-            and ``agreement`` without.
+            class) or ``sqnr_db`` (output signal-to-noise ratio); by default ``top1`` with labels
+            and ``agreement`` without. Or a function ``metric(outputs, reference_outputs)`` that
+            gives a number: it is called with the model's and the float model's outputs for the
+            same inputs, arrays with the batch axis first; one array for a model with one output,
+            a mapping from output name to array for a model with several. If it has a parameter
+            ``labels`` it gets the labels, and if it has a parameter ``indices`` the inputs'
+            places in `evaluation`, shape (n,), for truth that it keeps itself.
+        evaluate: In place of `metric` a function ``evaluate(session)`` that runs an
+            ``onnxruntime.InferenceSession`` on inputs of its own and gives a number.
+        direction: Whether larger (``maximize``) or smaller values of the user's own function are
+            better.
+        objectives: What the values of a trial are, in this order: ``accuracy`` (the metric),
+            ``latency`` (batch 1, as a ratio to the float model) and ``size`` (bytes), the last two
+            to be minimized.
         target: Name of a target, or the target itself.
-        max_accuracy_drop: Largest loss of the metric against float (0.01 is one point); trials
-            carry it as the constraint `DROP_CONSTRAINT`. None sets no constraint.
+        providers: ONNX Runtime execution providers in order of preference, names or pairs of a
+            name and a mapping of options; None takes the target's.
+        max_accuracy_drop: Largest loss of the metric against float, in the metric's unit (0.01
+            is one point of accuracy). Trials carry this bound and the next two as constraints;
+            None sets none.
+        max_latency: Largest latency as a ratio to the float model (0.5 is twice as fast).
+        max_size: Largest size of the model file in bytes.
+        precision: A trial ends when half the width of its value's 95 % interval is no larger
+            (0.002 is 0.2 points of accuracy); what the interval rests on is said in
+            `optuna_quantune.evaluation.racing`.
+        exact: Run every trial to its end, unless the study's pruner stops it.
         cache: Folder where calibration statistics are kept for the next run; by default the
             user's cache folder. None keeps nothing.
         threads: Threads of one inference when latency is measured, as the application will have
@@ -149,36 +209,55 @@ class QuantizationObjective:
         model: str | Path,
         *,
         calibration: InputSource,
-        evaluation: InputSource,
+        evaluation: InputSource | None = None,
         space: SearchSpace | None = None,
-        metric: Metric | None = None,
+        metric: MetricName | MetricFunction | None = None,
+        evaluate: SessionFunction | None = None,
+        direction: Direction = "maximize",
+        objectives: Sequence[Objective] = ("accuracy",),
         target: str | Target = "cpu",
+        providers: Sequence[Provider] | None = None,
         max_accuracy_drop: float | None = None,
+        max_latency: float | None = None,
+        max_size: int | None = None,
+        precision: float = DEFAULT_PRECISION,
+        exact: bool = False,
         cache: str | Path | None = DEFAULT_CACHE,
         threads: int | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.model: FloatModel = load_float_model(model)
-        self.space = SearchSpace.preset("quantune") if space is None else space
         self.target = get_target(target) if isinstance(target, str) else target
+        self.space = self.target.restrict(
+            SearchSpace.preset("quantune") if space is None else space
+        )
+        if providers is not None:
+            check_providers(providers)
+            self.target = dataclasses.replace(self.target, providers=tuple(providers))
+        if not any(spec.dtype.kind == "f" for spec in self.model.outputs):
+            raise InputError(
+                f"model {model}: has no output of real numbers, so that noise cannot be measured "
+                "there; cut it before the step that selects (ArgMax, for instance)"
+            )
         self._specs = [InputSpec(i.name, i.shape, i.dtype) for i in self.model.inputs]
         self.calibration = calibration.bind(self._specs)
-        self.evaluation = evaluation.bind(self._specs)
-        self.metric: Metric = metric or ("agreement" if self.evaluation.labels is None else "top1")
-        if self.metric not in get_args(Metric):
-            raise InputError(f"metric {metric!r}: use one of {', '.join(get_args(Metric))}")
-        if self.metric in ("top1", "top5") and self.evaluation.labels is None:
-            raise InputError(
-                f"metric {self.metric!r}: the evaluation inputs have no labels; "
-                "give labels or use the metric 'agreement'"
-            )
-        if max_accuracy_drop is not None and (max_accuracy_drop < 0 or metric == "sqnr_db"):
-            raise InputError(
-                f"max_accuracy_drop: {max_accuracy_drop} must not be negative, "
-                "and goes with an accuracy or agreement metric"
-            )
-        self.max_accuracy_drop = max_accuracy_drop
+        if evaluation is None and evaluate is None:
+            raise InputError("evaluation: give inputs, or a function of your own as evaluate")
+        # A loop brings its own inputs; one input is needed all the same to measure latency.
+        self.compares_outputs = evaluation is not None
+        self.evaluation = (evaluation or calibration.subset([0])).bind(self._specs)
+        self.chosen_metric = ChosenMetric.of(
+            metric, evaluate, direction, labels=self.evaluation.labels is not None
+        )
+        self.goals = Goals(tuple(objectives), max_accuracy_drop, max_latency, max_size)
+        if "latency" in self.goals.objectives or max_latency is not None:
+            self.target.check_latency()
+        if max_accuracy_drop is not None and self.metric == "sqnr_db":
+            raise InputError("max_accuracy_drop: the float model has no noise to compare with")
+        if not precision > 0:
+            raise InputError(f"precision: {precision} is not positive; for all inputs say exact")
+        self._precision = None if exact else precision
         self._cache = None if cache is None else Path(cache)
         self._threads = threads
         self._batch_size = batch_size
@@ -189,23 +268,50 @@ class QuantizationObjective:
         self._quantizers: dict[bool, Quantizer] = {}
         self._noise_models: dict[bool, NoiseModel] = {}
 
+    @property
+    def metric(self) -> str:
+        """The metric's name."""
+        return self.chosen_metric.name
+
+    @property
+    def directions(self) -> list[Direction]:
+        """What a study of this objective is created with: one direction for each objective."""
+        better = self.chosen_metric.direction
+        return [better if o == "accuracy" else "minimize" for o in self.goals.objectives]
+
     def prepare(self) -> None:
         """Does what all trials share, once: float outputs, calibration, the probe for noise.
 
-        Trials do it on first use; calling it shows mistakes before a study is created.
+        Trials do it on first use; calling it shows mistakes before a study is created. What can
+        be tried on a single input is tried first: the model on a calibration and an evaluation
+        input, the providers, the shape of the outputs and the range of the labels.
 
         Raises:
-            InputError: If the float model cannot be run on the inputs, or labels do not fit it.
+            InputError: If the float model cannot be run on the inputs, labels do not fit it, or
+                the user's own metric fails on it.
         """
         with self._lock:
+            self._try_out()
             _ = self.float_evaluation
             for equalized in self._choices("equalization", default=False):
                 self._noise(equalized=equalized)
 
     @cached_property
     def float_evaluation(self) -> Evaluation:
-        """The float model measured on the evaluation inputs."""
-        evaluation = self._evaluate(self.model.path, "float model", reference=None)
+        """The float model measured on the evaluation inputs.
+
+        Raises:
+            InputError: If it cannot be run or measured.
+        """
+        try:
+            evaluation = self._evaluate(self.model.path, "float model", reference=None)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a user's function raises
+            raise InputError(
+                f"metric {self.metric!r}: fails for the float model: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         top1 = evaluation.measurement.top1
         if top1 is not None:
             n, classes = class_scores(evaluation.outputs).shape
@@ -226,10 +332,13 @@ class QuantizationObjective:
         with self._lock:
             if equalized not in self._quantizers:
                 model = equalize(self.model, self.calibration) if equalized else self.model
+                placements = [place(model)]
+                if "off" in self._choices("fusion", default="runtime"):
+                    placements.append(separate(placements[0], model.proto.graph))
                 statistics = calibrate(
                     model,
                     self.calibration,
-                    required_activations(place(model)),
+                    required_activations(*placements),
                     sizes=self._calibration_sizes(),
                     cache=self._cache,
                     progress=lambda done, total: self._progress("calibration", done, total),
@@ -237,9 +346,10 @@ class QuantizationObjective:
                 self._quantizers[equalized] = Quantizer(
                     model,
                     statistics,
-                    activation_storage=self.target.activation_storage,
+                    representation=self.target.representation,
                     bias_correction=BiasCorrection(model, self.calibration),
                     equalized=equalized,
+                    placement=placements[0],
                 )
             return self._quantizers[equalized]
 
@@ -249,17 +359,20 @@ class QuantizationObjective:
                 quantizer = self._quantizer(equalized=equalized)
                 first = np.arange(min(PROBE_INPUTS, len(self.calibration)))
                 gains = probe(
-                    quantizer.model,
+                    quantizer,
                     list(self.calibration.batches(1, first)),
-                    quantizer.clipping_ranges(),
                     progress=lambda done, total: self._progress("probe", done, total),
                 )
-                self._noise_models[equalized] = NoiseModel(quantizer, gains)
+                noise = self._noise_models[equalized] = NoiseModel(quantizer, gains)
+                whole = QuantizationConfig(bias_correction=True, equalization=equalized)
+                quantizer.float_order = float_order(
+                    quantizer.model, quantizer.placement(()), noise.predict(whole)
+                )
             return self._noise_models[equalized]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the model, the inputs, the metric and the target: what values depend on."""
+        """Hash of the model, the inputs, the metric, the objectives and the target."""
         labels = self.evaluation.labels
         parts = [
             self.model.fingerprint,
@@ -267,6 +380,8 @@ class QuantizationObjective:
             self.evaluation.fingerprint(),
             "" if labels is None else hashlib.sha256(labels.tobytes()).hexdigest(),
             self.metric,
+            self.directions,
+            self.goals.objectives,
             dataclasses.asdict(self.target),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -274,9 +389,10 @@ class QuantizationObjective:
     def features(self, params: Mapping[str, Any]) -> dict[str, float]:
         """Predicted noise of a configuration: what `QuantuneSampler` learns from beside the knobs.
 
-        The feature ``prior`` is the metric's expected value: predicted noise turned into expected
-        agreement by the margins of the float model's outputs (times its accuracy for top-1 and
-        top-5), or the predicted output SQNR itself.
+        The feature ``prior``, there if accuracy is the first objective, is the metric's expected
+        value: predicted noise turned into expected agreement by the float model's outputs (times
+        its accuracy for top-1 and top-5). For other metrics it is the predicted
+        output SQNR, in the order of which their values are expected.
 
         Args:
             params: Parameters of a trial of `space`.
@@ -285,31 +401,42 @@ class QuantizationObjective:
         with self._lock:
             prediction = self._noise(equalized=config.equalization).predict(config)
         features = prediction.features()
-        if self.metric == "sqnr_db":
-            return features | {PRIOR_FEATURE: features["predicted_sqnr_db"]}
-        power = float(np.mean(np.square(self.float_evaluation.outputs, dtype=np.float64)))
-        expected = expected_agreement(self._margins, prediction.total * power)
-        ceiling = 1.0 if self.metric == "agreement" else self.value(self.float_evaluation)
-        return features | {"expected_agreement": expected, PRIOR_FEATURE: expected * ceiling}
+        prior = self.chosen_metric.sign * features["predicted_sqnr_db"]
+        if self.chosen_metric.of_classes:
+            expected = self._agreement.expected(prediction.confusion, prediction.highest_output)
+            features["expected_agreement"] = expected
+            ceiling = 1.0 if self.metric == "agreement" else self.value(self.float_evaluation)
+            prior = expected * ceiling
+        if self.goals.objectives[0] == "accuracy":
+            features[PRIOR_FEATURE] = prior
+        return features
 
     def value(self, evaluation: Evaluation) -> float:
         """The metric's value of an evaluation."""
-        value = getattr(evaluation.measurement, self.metric)
-        assert value is not None
-        return float(value)
+        return self.chosen_metric.value(evaluation.measurement)
 
     def quantize(self, config: QuantizationConfig) -> QuantizedModel:
-        """Builds the int8 model of a configuration."""
+        """Builds the int8 model of a configuration.
+
+        Raises:
+            InputError: If the target cannot run it.
+        """
+        self.target.check(config)
         with self._lock:  # placements and ranges are shared between threads
+            if config.float_layers:
+                self._noise(equalized=config.equalization)  # what the order of layers rests on
             return self._quantizer(equalized=config.equalization).quantize(config)
 
-    def evaluate(self, model: onnx.ModelProto | Path) -> Evaluation:
-        """Measures a model, or a model file, on the evaluation inputs."""
-        data = model if isinstance(model, Path) else model.SerializeToString()
-        return self._evaluate(data, "evaluation", reference=self.float_evaluation.outputs)
+    def evaluate(self, model: onnx.ModelProto | bytes | Path) -> Evaluation:
+        """Measures a model, its bytes or a model file on the evaluation inputs."""
+        data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+        return self._evaluate(data, "evaluation", reference=self.float_evaluation.all_outputs)
 
-    def __call__(self, trial: Trial) -> float:
+    def __call__(self, trial: Trial) -> float | tuple[float, ...]:
         """Runs one trial.
+
+        Returns:
+            The value, or the values where there are several objectives.
 
         Raises:
             InputError: If the study holds values of another model, other inputs or another metric.
@@ -328,7 +455,7 @@ class QuantizationObjective:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             raise TrialFailure(f"trial {trial.number}: {error}") from error
 
-    def _run_trial(self, trial: Trial, config: QuantizationConfig) -> float:
+    def _run_trial(self, trial: Trial, config: QuantizationConfig) -> float | tuple[float, ...]:
         start = time.perf_counter()
         quantized = self.quantize(config)
         seconds = {"build": time.perf_counter() - start}
@@ -342,43 +469,166 @@ class QuantizationObjective:
                 trial.set_user_attr(name, attribute)
             trial.set_user_attr("config", dataclasses.asdict(config))
             trial.set_user_attr("duplicate_of", twin.number)
-            assert twin.value is not None
-            self._constrain(trial, twin.value)
-            return twin.value
+            if twin.state == TrialState.PRUNED:
+                for step, estimate in twin.intermediate_values.items():
+                    trial.report(estimate, step)
+                raise optuna.TrialPruned
+            return self._finish(trial, twin.user_attrs[VALUE_KEY])
         data = quantized.proto.SerializeToString()
-        evaluation = self._evaluate(
-            data, "evaluation", reference=self.float_evaluation.outputs, trial=trial
-        )
-        seconds["evaluate"] = evaluation.seconds
+        start = time.perf_counter()
+        measurement = self._measure_trial(trial, data)
+        seconds["evaluate"] = time.perf_counter() - start
         start = time.perf_counter()
         latency = self.latency(data)
         seconds["latency"] = time.perf_counter() - start
-        for name, number in dataclasses.asdict(evaluation.measurement).items():
+        for name, number in dataclasses.asdict(measurement).items():
             trial.set_user_attr(name, number)
-        reference = self.float_evaluation.outputs
-        same = pack(agrees(evaluation.outputs, reference))
-        trial.set_user_attr(AGREES_KEY, same)
-        labels = self.evaluation.labels
-        if self.metric == "agreement":
-            trial.set_user_attr(CORRECT_KEY, same)
-        elif labels is not None and self.metric in _RANKS:
-            correct = top_k_correct(evaluation.outputs, labels, k=_RANKS[self.metric])
-            trial.set_user_attr(CORRECT_KEY, pack(correct))
         trial.set_user_attr("latency_ratio", latency.ratio)
+        trial.set_user_attr("latency_low", latency.low)
+        trial.set_user_attr("latency_high", latency.high)
         trial.set_user_attr("latency_ms", latency.median_ms)
         trial.set_user_attr("size_bytes", len(data))
         trial.set_user_attr("seconds", seconds)
-        value = self.value(evaluation)
-        self._constrain(trial, value)
-        return value
+        return self._finish(trial, self.chosen_metric.value(measurement))
 
-    def _constrain(self, trial: Trial, value: float) -> None:
-        if self.max_accuracy_drop is not None:
-            drop = self.value(self.float_evaluation) - value
-            trial.set_constraint(DROP_CONSTRAINT, drop - self.max_accuracy_drop)
+    def _measure_trial(self, trial: Trial, model: bytes) -> Measurement:
+        if self._ladder is not None:
+            return self._climb(trial, model, self._ladder)
+        reference = self.float_evaluation.all_outputs
+        evaluation = self._evaluate(model, "evaluation", reference=reference, trial=trial)
+        labels = self.evaluation.labels
+        if evaluation.measurement.agreement is not None:
+            same = pack(agrees(evaluation.outputs, self.float_evaluation.outputs))
+            trial.set_user_attr(AGREES_KEY, same)
+        if self.metric == "agreement":
+            trial.set_user_attr(CORRECT_KEY, same)
+        elif labels is not None and self.metric in RANKS:
+            correct = top_k_correct(evaluation.outputs, labels, k=RANKS[self.metric])
+            trial.set_user_attr(CORRECT_KEY, pack(correct))
+        return evaluation.measurement
 
-    def latency(self, model: bytes) -> LatencyRatio:
-        """Batch-1 latency of a model beside the float model's, run by run in turn."""
+    def _climb(self, trial: Trial, model: bytes, ladder: Ladder) -> Measurement:
+        """Runs a trial's model up the ladder until it is certain enough, or pruned."""
+        reports = self.goals.is_single
+        prior = trial.user_attrs[PRIOR_FEATURE]
+        rungs = [[0, prior, 0.0, 1.0]]  # a prediction promises nothing
+        if reports:
+            trial.report(prior, step=0)
+        if self.goals.max_accuracy_drop is not None:
+            bar = self.value(self.float_evaluation) - self.goals.max_accuracy_drop
+            trial.set_user_attr(BAR_KEY, bar)
+        climb = Climb(ladder)
+        for interval in climb.run(self._runner(model)):
+            done = int(climb.seen.sum())
+            certain = climb.is_certain(interval, self._precision)
+            rungs.append([done, interval.estimate, interval.low, interval.high])
+            for name, attribute in (
+                (RUNGS_KEY, rungs),
+                (SEEN_KEY, pack(climb.seen)),
+                (CORRECT_KEY, pack(climb.right[self.metric])),
+                (AGREES_KEY, pack(climb.right["agreement"])),
+                (INPUTS_KEY, done),
+                ("interval", [interval.low, interval.high]),
+                ("certain", certain),
+            ):
+                trial.set_user_attr(name, attribute)
+            if reports:
+                trial.report(interval.estimate, step=done)
+                if not certain and trial.should_prune():
+                    raise optuna.TrialPruned
+            if certain:
+                break
+        if climb.seen.all():
+            return self.measure(climb.outputs(), ladder.reference, self.evaluation)
+        return climb.measurement()
+
+    def _runner(self, model: bytes) -> Callable[[NDArray[np.int64]], dict[str, NDArray[Any]]]:
+        """Runs a model on the evaluation inputs of some indices."""
+        session = self._session(model)
+        names = [spec.name for spec in self.model.outputs]
+        done = 0
+
+        def outputs(indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+            nonlocal done
+            values = run(
+                session,
+                self.evaluation,
+                batch_size=self._batch_size,
+                indices=indices,
+                outputs=names,
+            )
+            done += len(indices)
+            self._progress("evaluation", done, len(self.evaluation))
+            return values
+
+        return outputs
+
+    def estimate(self, params: Mapping[str, Any], *, inputs: int | None = None) -> Interval:
+        """The metric's value of a configuration on all inputs, from any rung of the ladder.
+
+        Args:
+            params: Parameters of a trial of `space`.
+            inputs: How many inputs may be run. 0 is the predicted noise alone, 16 the least that
+                anything can be said from, and None as many as `precision` needs.
+
+        Returns:
+            The estimate with its 95 % interval, from as many inputs as a rung below `inputs` has;
+            the interval of a prediction is 0 to 1.
+
+        Raises:
+            InputError: If the metric has no rungs, or fewer inputs are given than the first needs.
+        """
+        if self._ladder is None:
+            raise InputError(
+                f"metric {self.metric!r}: has no rungs; they need top1, top5 or agreement and at "
+                f"least {SMALLEST_RACE} evaluation inputs"
+            )
+        if inputs == 0:
+            return Interval(self.features(params)[PRIOR_FEATURE], 0.0, 1.0)
+        first, *others = looks(len(self.evaluation))
+        if inputs is not None and inputs < first:
+            raise InputError(f"inputs: {inputs} is less than the {first} of the first rung")
+        climb = Climb(self._ladder)
+        model = self.quantize(self.space.config(params)).proto.SerializeToString()
+        for interval, following in zip(
+            climb.run(self._runner(model)), [*others, math.inf], strict=True
+        ):
+            enough = climb.is_certain(interval, self._precision) if inputs is None else False
+            if enough or (inputs is not None and following > inputs):
+                break
+        return interval
+
+    def _finish(self, trial: Trial, value: float) -> float | tuple[float, ...]:
+        """Notes the metric's value and the constraints, and gives the values of the trial.
+
+        Latency and size stand in the trial's user attributes already.
+        """
+        trial.set_user_attr(VALUE_KEY, value)
+        attributes = trial.user_attrs
+        outcome = self.outcome(value, attributes["latency_ratio"], attributes["size_bytes"])
+        for name, violation in self.goals.constraints(outcome).items():
+            trial.set_constraint(name, violation)
+        values = self.goals.values(outcome)
+        return values if len(values) > 1 else values[0]
+
+    def outcome(self, value: float, latency_ratio: float, size_bytes: int) -> Outcome:
+        """What counts of a model, beside the float model.
+
+        Args:
+            value: The metric's value.
+            latency_ratio: Its latency over the float model's.
+            size_bytes: Its size.
+        """
+        drop = self.chosen_metric.sign * (self.value(self.float_evaluation) - value)
+        return Outcome(value, drop, latency_ratio, size_bytes)
+
+    def latency(self, model: bytes, *, repeats: int = _LATENCY_REPEATS) -> LatencyRatio:
+        """Batch-1 latency of a model beside the float model's, run by run in turn.
+
+        Args:
+            model: The model's bytes.
+            repeats: Measured runs of each model.
+        """
         feeds = list(self.evaluation.batches(1, np.arange(1)))
         return latency_ratio(
             make_session(
@@ -386,7 +636,7 @@ class QuantizationObjective:
             ),
             self._float_latency_session,
             feeds,
-            repeats=_LATENCY_REPEATS,
+            repeats=repeats,
         )
 
     def export(self, trial: FrozenTrial, path: str | Path) -> Path:
@@ -408,16 +658,26 @@ class QuantizationObjective:
 
         Raises:
             InputError: If the study belongs to another model, other inputs, another metric or
-                another target.
+                another target, or has other directions.
         """
+        wanted = [StudyDirection[direction.upper()] for direction in self.directions]
+        if study.directions != wanted:
+            raise InputError(
+                f"study {study.study_name!r}: has the directions "
+                f"{[d.name.lower() for d in study.directions]}; create it with "
+                f"directions={self.directions}"
+            )
         known = study.user_attrs.get(TASK_KEY)
         if known is None:
             study.set_user_attr(TASK_KEY, self.fingerprint)
             study.set_user_attr("metric", self.metric)
+            names = [self.metric if o == "accuracy" else o for o in self.goals.objectives]
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                study.set_metric_names(names)  # for tables, plots and optuna-dashboard
         elif known != self.fingerprint:
             raise InputError(
-                f"study {study.study_name!r}: belongs to another model, other inputs, another "
-                "metric or another target; give another study name"
+                f"study {study.study_name!r}: belongs to another model, other inputs, other "
+                "objectives, another metric or another target; give another study name"
             )
 
     def _calibration_sizes(self) -> list[int | str]:
@@ -433,80 +693,152 @@ class QuantizationObjective:
 
     def outputs(
         self,
-        model: bytes | Path,
+        model: bytes | Path | onnxruntime.InferenceSession,
         inputs: InputSource,
         stage: str,
-        on_batch: Callable[[list[NDArray[np.float32]], int], None] | None = None,
-    ) -> NDArray[np.float32]:
+        on_batch: Callable[[Mapping[str, Sequence[NDArray[Any]]], int], None] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """Runs a model of this objective's task over inputs.
 
         Args:
-            model: A model file or its bytes.
+            model: A model file, its bytes, or a session of it.
             inputs: What to run it on.
             stage: Name of this work for the progress callback.
-            on_batch: Called with the outputs so far and the number of inputs done; may raise to
-                stop.
+            on_batch: Called with the outputs so far, batches by output name, and the number of
+                inputs done; may raise to stop.
 
         Returns:
-            The model's first output, shape (n, ...).
+            The model's outputs by name, batch axis first, in the order of the inputs.
+
+        Raises:
+            InputError: If the model cannot be run, or an output's shape changes with the input.
         """
-        session = make_session(model, providers=self.target.providers)
-        name = self.model.outputs[0].name
+        session = self._session(model) if isinstance(model, bytes | Path) else model
+        names = [spec.name for spec in self.model.outputs]
         inputs = inputs.bind(self._specs)
-        parts: list[NDArray[np.float32]] = []
+        parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
         done = 0
         for indices, values in iterate(
-            session, inputs, batch_size=self._batch_size, outputs=[name]
+            session, inputs, batch_size=self._batch_size, outputs=names
         ):
-            parts.append(values[name])
+            for name, batch in parts.items():
+                batch.append(values[name])
             done += len(indices)
             self._progress(stage, done, len(inputs))
             if on_batch is not None:
                 on_batch(parts, done)
-        return np.concatenate(parts)
+        return {name: _joined(name, batches) for name, batches in parts.items()}
+
+    def measure(
+        self,
+        outputs: Mapping[str, NDArray[Any]],
+        reference: Mapping[str, NDArray[Any]],
+        inputs: InputSource,
+    ) -> Measurement:
+        """Measures a model's outputs for inputs beside the float model's.
+
+        Args:
+            outputs: The model's outputs by name, batch axis first.
+            reference: The float model's.
+            inputs: What they are the outputs for: `evaluation`, or a subset of it.
+        """
+        return self.chosen_metric.measure(
+            outputs, reference, labels=inputs.labels, indices=inputs.positions
+        )
+
+    def _session(self, model: bytes | Path) -> onnxruntime.InferenceSession:
+        """A session for evaluation: one thread, as many batches side by side as there are cores.
+
+        A loop of the user's runs one batch after the other, on the cores of the application.
+        """
+        if model == self.model.path and "_float_session" in self.__dict__:
+            return self._float_session
+        threads = 1 if self.chosen_metric.loop is None else self._threads
+        return make_session(model, threads=threads, providers=self.target.providers)
+
+    @cached_property
+    def _float_session(self) -> onnxruntime.InferenceSession:
+        return self._session(self.model.path)
+
+    def _try_out(self) -> None:
+        """Runs the float model on one input of each kind, to find mistakes before long work."""
+        if "float_evaluation" in self.__dict__:
+            return
+        session = self._float_session  # kept for what else the float model is run on
+        for inputs in (self.calibration, self.evaluation):
+            outputs = self.outputs(session, inputs.subset([0]), "float model")
+        if self.chosen_metric.of_classes:
+            classes = class_scores(next(iter(outputs.values()))).shape[1]
+            if self.evaluation.labels is not None:
+                check_label_range(self.evaluation.labels, classes=classes)
 
     def _evaluate(
         self,
         model: bytes | Path,
         stage: str,
         *,
-        reference: NDArray[np.float32] | None,
+        reference: Mapping[str, NDArray[Any]] | None,
         trial: Trial | None = None,
     ) -> Evaluation:
         start = time.perf_counter()
+        session = self._session(model)
         total, reported = len(self.evaluation), 0
 
-        def report(parts: list[NDArray[np.float32]], done: int) -> None:
+        def report(parts: Mapping[str, Sequence[NDArray[Any]]], done: int) -> None:
             nonlocal reported
-            if trial is not None and done * _REPORTS // total > reported:
+            if trial is not None and self._reports(trial) and done * _REPORTS // total > reported:
                 reported = done * _REPORTS // total
                 trial.report(self._running_value(parts, reference, done), step=done)
                 if done < total and trial.should_prune():
                     raise optuna.TrialPruned
 
-        outputs = self.outputs(model, self.evaluation, stage, report)
-        measurement = measure(
-            outputs,
-            reference=outputs if reference is None else reference,
-            labels=self.evaluation.labels,
-        )
+        outputs: Mapping[str, NDArray[Any]] = {}
+        measurement = Measurement(0, None, None, None, None)
+        if self.compares_outputs:
+            outputs = self.outputs(session, self.evaluation, stage, report)
+            measurement = self.measure(outputs, reference or outputs, self.evaluation)
+        if self.chosen_metric.loop is not None:
+            own = self.chosen_metric.run_loop(session)
+            measurement = dataclasses.replace(measurement, own=own)
         return Evaluation(measurement, outputs, time.perf_counter() - start)
 
     def _running_value(
-        self, parts: list[NDArray[np.float32]], reference: NDArray[np.float32] | None, done: int
+        self,
+        parts: Mapping[str, Sequence[NDArray[Any]]],
+        reference: Mapping[str, NDArray[Any]] | None,
+        done: int,
     ) -> float:
-        labels = self.evaluation.labels
         assert reference is not None
-        measurement = measure(
-            np.concatenate(parts),
-            reference=reference[:done],
-            labels=None if labels is None else labels[:done],
+        measurement = self.measure(
+            {name: np.concatenate(batches) for name, batches in parts.items()},
+            {name: values[:done] for name, values in reference.items()},
+            self.evaluation.subset(np.arange(done)),
         )
-        return float(getattr(measurement, self.metric))
+        return self.chosen_metric.value(measurement)
 
     @cached_property
-    def _margins(self) -> NDArray[np.float64]:
-        return margins(self.float_evaluation.outputs).astype(np.float64)
+    def _ladder(self) -> Ladder | None:
+        """What trials climb; None where each runs all inputs in their order."""
+        if not self.chosen_metric.of_classes or len(self.evaluation) < SMALLEST_RACE:
+            return None
+        classes = class_scores(self.float_evaluation.outputs).shape[1]
+        if classes <= RANKS.get(self.metric, 1):  # every label is among the highest
+            return None
+        return Ladder(self.metric, self.float_evaluation.all_outputs, self.evaluation.labels)
+
+    def _reports(self, trial: Trial) -> bool:
+        """Whether a trial has intermediate values; Optuna has none for several objectives.
+
+        A function of the user's may be slow: without a pruner that could use them it is not
+        called for parts of the inputs.
+        """
+        if not self.goals.is_single or self.chosen_metric.loop is not None:
+            return False
+        return not (self.chosen_metric.is_own and isinstance(trial.study.pruner, NopPruner))
+
+    @cached_property
+    def _agreement(self) -> AgreementModel:
+        return AgreementModel(class_scores(self.float_evaluation.outputs))
 
     @cached_property
     def _float_latency_session(self) -> onnxruntime.InferenceSession:
@@ -518,46 +850,20 @@ class QuantizationObjective:
         )
 
 
-def check_writable(path: str | Path) -> None:
-    """Finds out before any work whether a model can be written to `path`.
-
-    Raises:
-        InputError: If the folder is missing or cannot be written to, or `path` is a folder.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"output {path}: is a folder; name the .onnx file to write")
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp"):
-            pass
-    except OSError as error:
-        raise InputError(f"output {path}: cannot be written ({error.strerror})") from error
-
-
-def write_model(model: onnx.ModelProto, path: str | Path) -> Path:
-    """Writes a model beside its final name and renames it, so no half model is ever left.
-
-    Raises:
-        InputError: If the file cannot be written.
-    """
-    path = Path(path)
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(model.SerializeToString())
-        Path(file.name).chmod(0o666 & ~_umask())
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise InputError(f"output {path}: cannot be written ({error.strerror})") from error
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _joined(name: str, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    shapes = {batch.shape[1:] for batch in batches}
+    if len(shapes) > 1:
+        raise InputError(
+            f"the model's output {name!r} changes its shape with the input, "
+            f"{' and '.join(map(str, sorted(shapes)[:2]))}; measure it with a loop of your own "
+            "(evaluate=)"
+        )
+    return np.concatenate(batches)
 
 
 def _finished_twin(trial: Trial, digest: str) -> FrozenTrial | None:
-    """The first completed trial that built the same model, if there is one."""
-    finished = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return next((t for t in finished if t.user_attrs.get("digest") == digest), None)
+    """The first completed trial that built the same model, or else the first pruned one."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    finished = trial.study.get_trials(deepcopy=False, states=states)
+    twins = [other for other in finished if other.user_attrs.get("digest") == digest]
+    return min(twins, key=lambda other: (other.state, other.number), default=None)

@@ -1,12 +1,16 @@
-"""A map over a thread pool that keeps the order and stays a few items ahead of its consumer.
+"""Work on many cores: an ordered map over a thread pool, and a limit that all work shares.
 
 Decoding images and running batches both spend their time outside the interpreter lock, and both
-must not run far ahead, or a large set would end up in memory.
+must not run far ahead, or a large set would end up in memory. Trials that run side by side would
+each fill all cores; the limit makes them take turns, batch by batch, and keeps the machine quiet
+while latency is measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -25,6 +29,51 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: respects taskset and container CPU sets
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class CoreLimit:
+    """Hands out the cores of this process, in the order in which they are asked for.
+
+    Not reentrant: work that holds cores must not ask for more.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._used = 0
+
+    @contextlib.contextmanager
+    def take(self, wanted: int | None = None) -> Iterator[None]:
+        """Waits for cores and keeps them for a while.
+
+        Args:
+            wanted: How many; None, or more than there are, is all of them.
+        """
+        ticket = object()
+        cores = available_cores()
+        count = cores if wanted is None else min(wanted, cores)
+
+        def ready() -> bool:
+            return self._waiting[0] is ticket and self._used + count <= cores
+
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                self._changed.wait_for(ready)
+                self._used += count
+            finally:  # Ctrl-C may end the wait
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= count
+                self._changed.notify_all()
+
+
+# The one limit of this process.
+CORES = CoreLimit()
 
 
 def ordered_map(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 from typing import Final
+from typing import Literal
 
 import numpy as np
 import optuna
@@ -18,23 +19,46 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.chosen_metric import Direction
 from optuna_quantune.evaluation.metrics import paired_difference_interval
+from optuna_quantune.goals import DROP_CONSTRAINT
+from optuna_quantune.goals import LATENCY_CONSTRAINT
+from optuna_quantune.goals import SIZE_CONSTRAINT
+from optuna_quantune.search.pruner import CORRECT_KEY
+from optuna_quantune.search.pruner import SEEN_KEY
 
 
-# User attributes of a trial: for each input one bit, packed and in hexadecimal.
-CORRECT_KEY: Final = "correct"
+Preference = Literal["latency", "size"]
+
+# User attribute of a trial, of the kind of CORRECT_KEY: whether it agrees with the float model.
 AGREES_KEY: Final = "agrees"
+# User attribute of a trial: the metric's value, also where it is not an objective.
+VALUE_KEY: Final = "metric_value"
 # Latency ratios this close are the same: they vary by about a tenth between runs.
 _SAME_LATENCY: Final = 1.1
+# Sizes this close are the same: a scale for each channel in place of one costs more.
+_SAME_SIZE: Final = 1.001
 
 
-def select(study: optuna.Study) -> tuple[FrozenTrial, bool]:
-    """The trial to deploy, and whether it meets the bound on the accuracy drop.
+def select(
+    study: optuna.Study, *, prefer: Preference = "latency", direction: Direction = "maximize"
+) -> tuple[FrozenTrial, bool]:
+    """The trial to deploy, and whether it keeps all bounds.
 
-    Under a bound (trials carry constraints) the fastest trial within it is chosen. Without one, or
-    when no trial is within it, all trials stay that a paired 95 % interval cannot tell from the
-    one with the best value, in that value and in agreement with the float model; of these the
-    fastest are taken, and of trials equally fast the one with the least output noise.
+    Trials carry bounds as constraints (`optuna_quantune.goals`). With a bound on the accuracy
+    drop, the fastest (or smallest) of the trials that keep all bounds is chosen. Without one, all
+    trials that keep the bounds stay which a paired 95 % interval cannot tell from the one with the
+    best value, in that value and in agreement with the float model; of these the fastest (or
+    smallest) are taken, and of trials equally fast the one with the least output noise.
+
+    When no trial keeps all bounds, the most accurate of those that keep the bounds on latency and
+    size is chosen in the same way; when there is none of these either, the one that is least
+    beyond them.
+
+    Args:
+        study: Trials of a `QuantizationObjective`.
+        prefer: What decides where accuracy does not.
+        direction: Which values of the metric are better.
 
     Raises:
         InputError: If no trial of the study is complete.
@@ -44,15 +68,20 @@ def select(study: optuna.Study) -> tuple[FrozenTrial, bool]:
         errors = [t.user_attrs["error"] for t in study.get_trials() if "error" in t.user_attrs]
         reason = f"; the last one failed with: {errors[-1]}" if errors else ""
         raise InputError(f"study {study.study_name!r}: no trial was completed{reason}")
-    bounded = [trial for trial in trials if trial.constraints]
-    within = [t for t in bounded if all(value <= 0 for value in t.constraints.values())]
+    within = [t for t in trials if all(value <= 0 for value in t.constraints.values())]
     if within:
-        return _fastest(within), True
-    best = max(trials, key=lambda trial: (trial.value, _sqnr(trial)))
-    rivals = [trial for trial in trials if not _tells_apart(best, trial, CORRECT_KEY)]
-    most_faithful = max(rivals, key=lambda trial: (_agreement(trial), _sqnr(trial)))
-    rivals = [trial for trial in rivals if not _tells_apart(most_faithful, trial, AGREES_KEY)]
-    return _fastest(rivals), not bounded
+        if any(DROP_CONSTRAINT in trial.constraints for trial in within):
+            return _preferred(within, prefer), True
+        return _preferred(_not_worse_than_best(within, direction), prefer), True
+    excess = [_excess(trial) for trial in trials]
+    least = [t for t, e in zip(trials, excess, strict=True) if e <= min(excess)]
+    return _preferred(_not_worse_than_best(least, direction), prefer), False
+
+
+def metric_value(trial: FrozenTrial) -> float:
+    """The metric's value of a complete trial, whatever the objectives of its study are."""
+    value = trial.user_attrs.get(VALUE_KEY)
+    return float(trial.values[0] if value is None else value)
 
 
 def pack(bits: NDArray[np.bool_]) -> str:
@@ -66,28 +95,61 @@ def unpack(text: str, n: int) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=n).astype(np.bool_)
 
 
-def _fastest(trials: list[FrozenTrial]) -> FrozenTrial:
-    limit = _SAME_LATENCY * min(_latency(trial) for trial in trials)
-    fast = [trial for trial in trials if _latency(trial) <= limit]
-    return max(fast, key=lambda trial: (_sqnr(trial), -trial.number))
+def _not_worse_than_best(trials: list[FrozenTrial], direction: Direction) -> list[FrozenTrial]:
+    """The trials that paired tests cannot tell from the best one."""
+    sign = 1.0 if direction == "maximize" else -1.0
+    best = max(trials, key=lambda trial: (sign * metric_value(trial), _sqnr(trial)))
+    rivals = [trial for trial in trials if not _tells_apart(best, trial, CORRECT_KEY)]
+    most_faithful = max(rivals, key=lambda trial: (_agreement(trial), _sqnr(trial)))
+    return [trial for trial in rivals if not _tells_apart(most_faithful, trial, AGREES_KEY)]
+
+
+def _preferred(trials: list[FrozenTrial], prefer: Preference) -> FrozenTrial:
+    """Of the fastest or the smallest trials the one with the least output noise."""
+    if prefer == "latency":
+        fastest = min(trials, key=_latency)
+        high = float(fastest.user_attrs.get("latency_high", 0.0))
+        limit = max(_SAME_LATENCY * _latency(fastest), high)
+        few = [trial for trial in trials if _latency(trial) <= limit]
+    else:
+        limit = _SAME_SIZE * min(_size(trial) for trial in trials)
+        few = [trial for trial in trials if _size(trial) <= limit]
+    return max(few, key=lambda trial: (_sqnr(trial), -trial.number))
+
+
+def _excess(trial: FrozenTrial) -> float:
+    """How far a trial is beyond its bounds on latency and size, as a share of them."""
+    constraints = trial.constraints
+    return sum(
+        max(0.0, constraints.get(name, 0.0)) for name in (LATENCY_CONSTRAINT, SIZE_CONSTRAINT)
+    )
 
 
 def _tells_apart(better: FrozenTrial, other: FrozenTrial, key: str) -> bool:
     """Whether `better` is better by more than chance explains; without bits, at all."""
     attributes: tuple[dict[str, Any], ...] = (better.user_attrs, other.user_attrs)
     if not all(key in each for each in attributes):
-        return key == CORRECT_KEY and better.value != other.value
-    first, second = (unpack(each[key], each["n"]) for each in attributes)
-    return paired_difference_interval(first, second).low > 0.0
+        return key == CORRECT_KEY and metric_value(better) != metric_value(other)
+    n = int(better.user_attrs["n"])
+    first, second = (unpack(each[key], n) for each in attributes)
+    common = np.ones(n, dtype=np.bool_)
+    for each in attributes:
+        if SEEN_KEY in each:  # of an input that a trial has not run it says nothing of its own
+            common &= unpack(each[SEEN_KEY], n)
+    return paired_difference_interval(first[common], second[common]).low > 0.0
 
 
 def _latency(trial: FrozenTrial) -> float:
     return float(trial.user_attrs.get("latency_ratio", 1.0))
 
 
+def _size(trial: FrozenTrial) -> float:
+    return float(trial.user_attrs.get("size_bytes", 0.0))
+
+
 def _agreement(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs.get("agreement", 0.0))
+    return float(trial.user_attrs.get("agreement") or 0.0)
 
 
 def _sqnr(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs.get("sqnr_db", 0.0))
+    return float(trial.user_attrs.get("sqnr_db") or 0.0)

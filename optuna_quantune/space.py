@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from typing import Final
+from typing import get_args
 
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
@@ -20,8 +21,12 @@ from optuna.distributions import IntDistribution
 from optuna.trial import Trial
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.config import ActivationBits
 from optuna_quantune.quantization.config import ALL_IMAGES
+from optuna_quantune.quantization.config import Clipping
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.config import WeightClipping
+from optuna_quantune.quantization.sensitivity import LONGEST_ORDER
 
 
 # The space of Quantune (arXiv 2202.05048): 3 * 4 * 2 * 2 * 2 = 96 configurations.
@@ -34,12 +39,31 @@ _QUANTUNE: Final[Mapping[str, Sequence[Any]]] = MappingProxyType(
         "mixed_precision": ("none", "first_last"),
     }
 )
-# With the corrections: 4 * 96 = 384 configurations.
+# With every clipping, sensitive layers in float and the corrections: 139,776 configurations.
 _EXTENDED: Final[Mapping[str, Sequence[Any]]] = MappingProxyType(
-    {**_QUANTUNE, "bias_correction": (False, True), "equalization": (False, True)}
+    {
+        **_QUANTUNE,
+        "clipping": get_args(Clipping),
+        "weight_clipping": get_args(WeightClipping),
+        "float_layers": tuple(range(LONGEST_ORDER + 1)),
+        "activation_bits": get_args(ActivationBits),
+        "zero_dead_weights": (False, True),
+        "bias_correction": (False, True),
+        "equalization": (False, True),
+    }
+)
+# Quantune's space for an integer-only accelerator: 3 * 2 * 2 = 12 configurations.
+_VTA: Final[Mapping[str, Sequence[Any]]] = MappingProxyType(
+    {
+        "calibration_images": (1, 32, ALL_IMAGES),
+        "scheme": ("symmetric_power2",),
+        "clipping": ("max", "kl"),
+        "granularity": ("tensor",),
+        "fusion": ("off", "on"),
+    }
 )
 _PRESETS: Final[Mapping[str, Mapping[str, Sequence[Any]]]] = MappingProxyType(
-    {"quantune": _QUANTUNE, "extended": _EXTENDED}
+    {"quantune": _QUANTUNE, "extended": _EXTENDED, "vta": _VTA}
 )
 
 
@@ -83,8 +107,11 @@ class SearchSpace(Mapping[str, BaseDistribution]):
         """A search space by name.
 
         Args:
-            name: ``quantune``, the 96 configurations of the paper, or ``extended``, the same with
-                and without bias correction and equalization.
+            name: ``quantune``, the 96 configurations of the paper, ``extended``, the same with
+                every clipping of activations and weights, layers left in float in the order of
+                their sensitivity, 16-bit activations, dead weights set to 0, bias correction and
+                equalization, or ``vta``, the paper's 12 configurations for an integer-only
+                accelerator.
 
         Raises:
             InputError: If there is no such preset.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from typing import Final
+from typing import get_args
 
 import numpy as np
 import optuna
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
-from optuna.pruners import NopPruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.storages import JournalStorage
@@ -32,24 +31,38 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from optuna_quantune import records
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.chosen_metric import ChosenMetric
+from optuna_quantune.evaluation.chosen_metric import Direction
+from optuna_quantune.evaluation.chosen_metric import MetricFunction
+from optuna_quantune.evaluation.chosen_metric import MetricName
+from optuna_quantune.evaluation.chosen_metric import SessionFunction
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.latency import LatencyRatio
+from optuna_quantune.evaluation.metrics import agrees
 from optuna_quantune.evaluation.metrics import Interval
-from optuna_quantune.evaluation.metrics import measure
+from optuna_quantune.evaluation.metrics import jackknife_interval
 from optuna_quantune.evaluation.metrics import Measurement
 from optuna_quantune.evaluation.metrics import paired_difference_interval
 from optuna_quantune.evaluation.metrics import top_k_correct
-from optuna_quantune.objective import check_writable
+from optuna_quantune.evaluation.runner import Provider
+from optuna_quantune.goals import Objective
+from optuna_quantune.goals import Outcome
+from optuna_quantune.importing import import_function
+from optuna_quantune.model_file import check_writable
+from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
-from optuna_quantune.objective import Metric
+from optuna_quantune.objective import DEFAULT_PRECISION
 from optuna_quantune.objective import Progress
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
-from optuna_quantune.objective import write_model
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.search.pruner import RacingPruner
 from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.selection import metric_value
+from optuna_quantune.selection import Preference
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
@@ -57,6 +70,8 @@ from optuna_quantune.target import Target
 
 # Fewer evaluation inputs than this are not split: either half would say too little.
 SMALLEST_SPLIT: Final = 400
+# Interleaved batch-1 runs of the float and the chosen model: three times those of a trial.
+_FINAL_LATENCY_REPEATS: Final = 60
 
 _logger = logging.getLogger(__name__)
 
@@ -66,11 +81,11 @@ class Comparison:
     """The chosen model beside the float model on the same inputs.
 
     Attributes:
-        inputs: Number of inputs.
+        inputs: Number of inputs; 0 where a loop of the user's brings its own.
         float_model: The float model's measurement.
         quantized: The quantized model's measurement.
-        difference: Quantized minus float top-1 accuracy with its paired 95 % interval; None
-            without labels.
+        difference: Quantized minus float metric with its paired 95 % interval; None for the
+            noise ratio and for a loop of the user's, of which nothing is known but its value.
     """
 
     inputs: int
@@ -89,11 +104,14 @@ class TuningResult:
         config: Its configuration.
         float_model: The float model that it was built from.
         path: The model that was written, or None if no output was asked for.
-        goal_met: Whether `max_accuracy_drop` holds for the chosen trial; True if none was asked.
+        missed: One sentence for each bound that the chosen model does not keep, in its trial or
+            when it was measured again.
+        pareto: With several objectives the trials that no other trial beats in all of them.
+        metric: What was measured.
         all_inputs: Float and quantized model on all evaluation inputs.
         held_out: The same on the inputs that took no part in the selection; None if there were too
             few to split.
-        latency: Batch-1 latency beside the float model.
+        latency: Batch-1 latency beside the float model, measured once more.
         float_bytes: Size of the float model's file.
         quantized_bytes: Size of the quantized model's file.
         seconds: Wall-clock time of the whole run.
@@ -105,7 +123,9 @@ class TuningResult:
     config: QuantizationConfig
     float_model: FloatModel
     path: Path | None
-    goal_met: bool
+    missed: tuple[str, ...]
+    pareto: tuple[FrozenTrial, ...]
+    metric: ChosenMetric
     all_inputs: Comparison
     held_out: Comparison | None
     latency: LatencyRatio
@@ -114,20 +134,34 @@ class TuningResult:
     seconds: float
     interrupted: bool
 
+    @property
+    def goal_met(self) -> bool:
+        """Whether the chosen model keeps all bounds that were asked for."""
+        return not self.missed
+
 
 def tune(
     model: str | Path,
     *,
     calibration: InputSource,
-    evaluation: InputSource,
+    evaluation: InputSource | None = None,
     space: SearchSpace | str = "quantune",
-    metric: Metric | None = None,
+    metric: MetricName | MetricFunction | None = None,
+    evaluate: SessionFunction | None = None,
+    direction: Direction = "maximize",
+    objectives: Sequence[Objective] = ("accuracy",),
     target: str | Target = "cpu",
+    providers: Sequence[Provider] | None = None,
     sampler: BaseSampler | str = "quantune",
     pruner: BasePruner | None = None,
-    n_trials: int = 20,
+    n_trials: int | None = 20,
     timeout: float | None = None,
     max_accuracy_drop: float | None = None,
+    max_latency: float | None = None,
+    max_size: int | None = None,
+    prefer: Preference | None = None,
+    precision: float = DEFAULT_PRECISION,
+    exact: bool = False,
     storage: BaseStorage | str | None = None,
     study_name: str | None = None,
     seed: int = 0,
@@ -143,26 +177,44 @@ def tune(
     trials that are finished already. Ctrl-C ends the search; the best model so far is written.
 
     Of the trials that cannot be told from the best one, the fastest is chosen
-    (`optuna_quantune.selection.select`).
+    (`optuna_quantune.selection.select`). With several objectives the result has the Pareto front,
+    and the model that is written is chosen from it in the same way. A bound that no trial keeps is
+    no error: the best model so far is written, and `TuningResult.missed` says what it lacks.
 
     Half of the evaluation inputs are kept out of the search when there are at least
-    `SMALLEST_SPLIT`, so that the result can be reported on inputs that chose nothing.
+    `SMALLEST_SPLIT`, so that the result can be reported on inputs that chose nothing; when there
+    are fewer, a warning is logged.
 
     Args:
         model: The float ONNX model.
         calibration: Inputs that activation ranges are taken from.
-        evaluation: Inputs, with labels if there are any, that accuracy is measured on.
+        evaluation: Inputs, with labels if there are any, that accuracy is measured on; may be
+            left out with `evaluate`.
         space: A search space, or the name of a preset.
-        metric: What is maximized: ``top1``, ``top5``, ``agreement`` or ``sqnr_db``; ``top1`` with
-            labels and ``agreement`` without by default.
+        metric: ``top1``, ``top5``, ``agreement`` or ``sqnr_db``, or a function of the outputs;
+            see `QuantizationObjective` for this and the next three.
+        evaluate: A function of a session, in place of `metric`.
+        direction: Which values of a function of the user's are better.
+        objectives: What is optimised: ``accuracy`` (the metric), ``latency``, ``size``.
         target: The device, by name or as it is.
+        providers: ONNX Runtime execution providers; None takes the target's.
         sampler: ``quantune``, the name of an Optuna sampler class, ``module:factory`` with the
             signature ``factory(search_space, *, seed)``, or a sampler.
-        pruner: An Optuna pruner; None measures every trial to its end.
-        n_trials: Number of trials, those already in the study included.
-        timeout: Seconds after which no further trial is begun.
+        pruner: An Optuna pruner; `RacingPruner` by default. `optuna.pruners.NopPruner` stops none.
+        n_trials: Number of trials, those already in the study included; None, with a `timeout`,
+            sets no number.
+        timeout: Seconds from the call on after which no further trial is begun. The first one is
+            in any case.
         max_accuracy_drop: Bound on the loss of the metric against float (0.01 is one point): the
             fastest configuration within it is chosen. Without it the most accurate one is.
+        max_latency: Bound on the latency as a ratio to float (0.5 is twice as fast).
+        max_size: Bound on the model file's size in bytes.
+        prefer: What decides among configurations that cannot be told from the best one:
+            ``latency`` or ``size``. By default ``size`` if it is an objective or has a bound and
+            latency does not, otherwise ``latency``.
+        precision: A trial ends when half the width of its value's 95 % interval is no larger
+            (0.002 is 0.2 points of accuracy). The result is measured on all inputs.
+        exact: Run every trial to its end, unless the pruner stops it.
         storage: An Optuna storage, a database URL, or the path of a journal file.
         study_name: Name of the study in the storage.
         seed: Seed of the sampler and of the split.
@@ -176,20 +228,32 @@ def tune(
         InputError: If an argument cannot be used, or no trial succeeded.
     """
     start = time.perf_counter()
-    if n_trials < 1:
-        raise InputError(f"n_trials: {n_trials} is not positive")
+    _check_budget(n_trials, timeout)
+    if prefer not in (None, *get_args(Preference)):
+        raise InputError(f"prefer {prefer!r}: use 'latency' or 'size'")
     if output is not None:
         check_writable(output)
     search_space = SearchSpace.load(space) if isinstance(space, str) else space
-    selected, held_out = _split(len(evaluation), seed)
+    # A loop of the user's brings its own inputs; only the user can split them.
+    selecting, held_out = (
+        (evaluation, np.arange(0)) if evaluation is None or evaluate else _split(evaluation, seed)
+    )
     objective = QuantizationObjective(
         model,
         calibration=calibration,
-        evaluation=evaluation.subset(selected) if held_out.size else evaluation,
+        evaluation=selecting,
         space=search_space,
         metric=metric,
+        evaluate=evaluate,
+        direction=direction,
+        objectives=objectives,
         target=target,
+        providers=providers,
         max_accuracy_drop=max_accuracy_drop,
+        max_latency=max_latency,
+        max_size=max_size,
+        precision=precision,
+        exact=exact,
         cache=cache,
         threads=threads,
         progress=progress,
@@ -198,36 +262,41 @@ def tune(
         storage,
         study_name,
         make_sampler(sampler, objective, seed=seed) if isinstance(sampler, str) else sampler,
-        pruner or NopPruner(),
+        pruner or RacingPruner(),
+        objective.directions,
     )
     objective.claim(study)
     objective.prepare()
-    interrupted = _optimize(study, objective, n_trials, timeout, callbacks)
-    trial, goal_met = select(study)
+    if evaluation is not None and evaluate is None and not held_out.size:
+        _logger.warning(
+            f"{len(evaluation)} evaluation inputs are too few to hold half of them out of the "
+            f"search (fewer than {SMALLEST_SPLIT}): the result is reported on those that chose "
+            "it, which is too good on average."
+        )
+    left = None if timeout is None else timeout - (time.perf_counter() - start)
+    interrupted = _optimize(study, objective, n_trials, left, callbacks)
+    trial, kept = select(
+        study,
+        prefer=prefer or _preference(objective),
+        direction=objective.chosen_metric.direction,
+    )
     quantized = objective.quantize(search_space.config(trial.params))
     data = quantized.proto.SerializeToString()
     path = None if output is None else write_model(quantized.proto, output)
-    measured = path or data
-    float_outputs = objective.float_evaluation.outputs
-    if held_out.size:
-        rest = objective.outputs(objective.model.path, evaluation.subset(held_out), "float model")
-        float_outputs = np.empty((len(evaluation), *rest.shape[1:]), dtype=rest.dtype)
-        float_outputs[selected] = objective.float_evaluation.outputs
-        float_outputs[held_out] = rest
-    int8_outputs = objective.outputs(measured, evaluation, "final model")
-    everything = np.arange(len(evaluation))
+    latency = objective.latency(data, repeats=_FINAL_LATENCY_REPEATS)
+    all_inputs, unseen = _measure_again(objective, path or data, evaluation, held_out)
     return TuningResult(
         study=study,
         trial=trial,
         config=quantized.config,
         float_model=objective.model,
         path=path,
-        goal_met=goal_met,
-        all_inputs=_compare(float_outputs, int8_outputs, evaluation.labels, everything),
-        held_out=_compare(float_outputs, int8_outputs, evaluation.labels, held_out)
-        if held_out.size
-        else None,
-        latency=objective.latency(data),
+        missed=_missed(objective, trial, kept, latency, unseen or all_inputs),
+        pareto=tuple(study.best_trials) if len(study.directions) > 1 else (),
+        metric=objective.chosen_metric,
+        all_inputs=all_inputs,
+        held_out=unseen,
+        latency=latency,
         float_bytes=objective.model.path.stat().st_size,
         quantized_bytes=len(data),
         seconds=time.perf_counter() - start,
@@ -250,7 +319,13 @@ def make_sampler(name: str, objective: QuantizationObjective, *, seed: int) -> B
     """
     space = objective.space
     if name == "quantune":
-        return QuantuneSampler(space, features=objective.features, seed=seed)
+        is_accuracy = objective.goals.objectives[0] == "accuracy"
+        return QuantuneSampler(
+            space,
+            features=objective.features,
+            source_studies=records.source_studies(objective.metric) if is_accuracy else (),
+            seed=seed,
+        )
     if ":" in name:
         return _sampler_of_factory(name, space, seed)
     known = [
@@ -273,39 +348,141 @@ def make_sampler(name: str, objective: QuantizationObjective, *, seed: int) -> B
     return sampler
 
 
-def _split(n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the inputs that select and of those that only report, each in order."""
+def _check_budget(n_trials: int | None, timeout: float | None) -> None:
+    if n_trials is None and timeout is None:
+        raise InputError("n_trials and timeout: give at least one of them")
+    if n_trials is not None and n_trials < 1:
+        raise InputError(f"n_trials: {n_trials} is not positive")
+    if timeout is not None and timeout <= 0:
+        raise InputError(f"timeout: {timeout} seconds is not positive")
+
+
+def _split(evaluation: InputSource, seed: int) -> tuple[InputSource, NDArray[np.int64]]:
+    """The inputs that select, and the indices of those that only report, in order."""
+    n = len(evaluation)
     if n < SMALLEST_SPLIT:
-        return np.arange(n), np.arange(0)
+        return evaluation, np.arange(0)
     order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[: n - n // 2]), np.sort(order[n - n // 2 :])
+    return evaluation.subset(np.sort(order[: n - n // 2])), np.sort(order[n - n // 2 :])
+
+
+def _preference(objective: QuantizationObjective) -> Preference:
+    goals = objective.goals
+    latency = "latency" in goals.objectives or goals.max_latency is not None
+    size = "size" in goals.objectives or goals.max_size is not None
+    if not objective.target.measures_latency:
+        return "size"
+    return "size" if size and not latency else "latency"
+
+
+def _measure_again(
+    objective: QuantizationObjective,
+    model: Path | bytes,
+    evaluation: InputSource | None,
+    held_out: NDArray[np.int64],
+) -> tuple[Comparison, Comparison | None]:
+    """Float and quantized model on all inputs, and on those that took no part in the search."""
+    metric = objective.chosen_metric
+    before = objective.float_evaluation
+    if evaluation is None or metric.loop is not None:
+        after = objective.evaluate(model)
+        return Comparison(after.measurement.n, before.measurement, after.measurement, None), None
+    reference = before.all_outputs
+    if held_out.size:
+        unseen = evaluation.subset(held_out)
+        rest = objective.outputs(objective.model.path, unseen, "float model")
+        selecting = np.setdiff1d(np.arange(len(evaluation)), held_out)
+        reference = {
+            name: _merged((selecting, reference[name]), (held_out, rest[name])) for name in rest
+        }
+    outputs = objective.outputs(model, evaluation, "final model")
+    everything = _compare(metric, outputs, reference, evaluation)
+    if not held_out.size:
+        return everything, None
+    return everything, _compare(
+        metric,
+        {name: values[held_out] for name, values in outputs.items()},
+        {name: values[held_out] for name, values in reference.items()},
+        unseen,
+    )
+
+
+def _merged(*parts: tuple[NDArray[np.int64], NDArray[Any]]) -> NDArray[Any]:
+    """Rows that stand at given indices, put together."""
+    rows = np.concatenate([values for _, values in parts])
+    return rows[np.argsort(np.concatenate([indices for indices, _ in parts]))]
 
 
 def _compare(
-    float_outputs: NDArray[np.float32],
-    int8_outputs: NDArray[np.float32],
-    labels: NDArray[np.int64] | None,
-    indices: NDArray[np.int64],
+    metric: ChosenMetric,
+    outputs: Mapping[str, NDArray[Any]],
+    reference: Mapping[str, NDArray[Any]],
+    inputs: InputSource,
 ) -> Comparison:
-    reference, outputs = float_outputs[indices], int8_outputs[indices]
-    truth = None if labels is None else labels[indices]
+    def own_difference(indices: NDArray[np.int64]) -> float:
+        chosen = inputs.subset(indices)
+        ours = {name: values[indices] for name, values in outputs.items()}
+        theirs = {name: values[indices] for name, values in reference.items()}
+
+        def value(models: Mapping[str, NDArray[Any]]) -> float:
+            return metric.call_function(
+                models, theirs, labels=chosen.labels, indices=chosen.positions
+            )
+
+        return value(ours) - value(theirs)
+
+    def measure(models: Mapping[str, NDArray[Any]]) -> Measurement:
+        return metric.measure(models, reference, labels=inputs.labels, indices=inputs.positions)
+
     difference = None
-    if truth is not None:
-        difference = paired_difference_interval(
-            top_k_correct(outputs, truth, k=1), top_k_correct(reference, truth, k=1)
-        )
-    return Comparison(
-        inputs=len(indices),
-        float_model=measure(reference, reference=reference, labels=truth),
-        quantized=measure(outputs, reference=reference, labels=truth),
-        difference=difference,
+    if metric.is_own and len(inputs) > 1:
+        difference = jackknife_interval(own_difference, len(inputs))
+    elif metric.of_classes:
+        first = next(iter(outputs))
+        ours, theirs = outputs[first], reference[first]
+        if metric.name == "agreement" or inputs.labels is None:
+            same = agrees(ours, theirs)
+            difference = paired_difference_interval(same, np.ones_like(same))
+        else:
+            k = 5 if metric.name == "top5" else 1
+            difference = paired_difference_interval(
+                top_k_correct(ours, inputs.labels, k=k), top_k_correct(theirs, inputs.labels, k=k)
+            )
+    return Comparison(len(inputs), measure(reference), measure(outputs), difference)
+
+
+def _missed(
+    objective: QuantizationObjective,
+    trial: FrozenTrial,
+    kept: bool,
+    latency: LatencyRatio,
+    comparison: Comparison,
+) -> tuple[str, ...]:
+    """The bounds that the chosen model does not keep.
+
+    A trial is chosen because its numbers are good, and some of them are lucky. A bound that it
+    kept is missed all the same if the interval of what was measured afterwards lies beyond it.
+    """
+    attributes = trial.user_attrs
+    size = int(attributes["size_bytes"])
+    if not kept:
+        outcome = objective.outcome(metric_value(trial), attributes["latency_ratio"], size)
+        return objective.goals.missed(outcome)
+    drop = 0.0
+    if comparison.difference is not None:
+        difference, sign = comparison.difference, objective.chosen_metric.sign
+        drop = min(-sign * difference.low, -sign * difference.high)
+    at_best = Outcome(metric_value(trial), drop, latency.low, size)
+    return tuple(
+        f"measured again, even at the favourable end of its interval, {sentence}"
+        for sentence in objective.goals.missed(at_best)
     )
 
 
 def _optimize(
     study: optuna.Study,
     objective: QuantizationObjective,
-    n_trials: int,
+    n_trials: int | None,
     timeout: float | None,
     callbacks: Sequence[Callable[[optuna.Study, FrozenTrial], None]],
 ) -> bool:
@@ -315,12 +492,16 @@ def _optimize(
     if finished:
         _logger.info(f"Study {study.study_name!r} goes on after {finished} finished trials.")
     _enqueue_interrupted(study, trials)
-    if finished >= n_trials:
+    missing = None if n_trials is None else n_trials - finished
+    if timeout is not None and timeout <= 0:
+        # Preparation took all the time: one trial, so that there is a model to write.
+        missing, timeout = int(finished == 0), None
+    if missing is not None and missing <= 0:
         return False
     try:
         study.optimize(
             objective,
-            n_trials=n_trials - finished,
+            n_trials=missing,
             timeout=timeout,
             callbacks=list(callbacks),
             catch=(TrialFailure,),
@@ -350,6 +531,7 @@ def _open_study(
     study_name: str | None,
     sampler: BaseSampler,
     pruner: BasePruner,
+    directions: Sequence[Direction],
 ) -> optuna.Study:
     if isinstance(storage, str):
         storage = _open_storage(storage)
@@ -359,7 +541,7 @@ def _open_study(
             study_name=study_name,
             sampler=sampler,
             pruner=pruner,
-            direction="maximize",
+            directions=directions,
             load_if_exists=True,
         )
     except (ValueError, OSError, SQLAlchemyError) as error:
@@ -398,13 +580,7 @@ def _choices(space: SearchSpace) -> dict[str, list[Any]]:
 
 
 def _sampler_of_factory(name: str, space: SearchSpace, seed: int) -> BaseSampler:
-    module_name, _, factory_name = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"sampler {name!r}: cannot be imported ({error})") from error
+    factory = import_function(name, "sampler")
     sampler = factory(space, seed=seed)
     if not isinstance(sampler, BaseSampler):
         raise InputError(f"sampler {name!r}: gave a {type(sampler).__name__}, not a sampler")

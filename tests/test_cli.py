@@ -216,7 +216,7 @@ def labels_file(text: str):  # type: ignore[no-untyped-def]
         (None, ("--space", "quantum"), "'quantum'"),
         (None, ("--sampler", "NoSampler"), "'NoSampler'"),
         (None, ("--target", "abacus"), "'abacus'"),
-        (None, ("--metric", "f1"), "--metric"),
+        (None, ("--metric", "f1"), "metric 'f1': use one of top1"),
         (None, ("--n-trials", "0"), "--n-trials"),
         (None, ("--output", "no/such/folder/x.onnx"), "no/such/folder/x.onnx"),
         (None, ("--output", "images"), "images: is a folder"),

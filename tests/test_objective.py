@@ -12,8 +12,9 @@ from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
-from optuna_quantune.objective import DROP_CONSTRAINT
+from optuna_quantune.goals import DROP_CONSTRAINT
 from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.quantization.quantizer import Representation
 from optuna_quantune.space import SearchSpace
 
 
@@ -265,7 +266,9 @@ def test_the_target_decides_how_activations_are_stored(
         toy_model,
         calibration=ArrayInputs(toy_inputs),
         evaluation=ArrayInputs(toy_inputs),
-        target=dataclasses.replace(objective.target, activation_storage="int8"),
+        target=dataclasses.replace(
+            objective.target, representation=Representation(activations="int8")
+        ),
         cache=None,
     )
     config = objective.space.config(next(objective.space.grid()))

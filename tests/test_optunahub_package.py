@@ -83,7 +83,12 @@ def test_loads_from_the_checkout_as_a_local_module(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(ROOT)
     module = optunahub.load_local_module("samplers/quantune", registry_root=".")
     assert module.QuantuneSampler is QuantuneSampler
-    assert sorted(module.__all__) == ["QuantuneSampler", "SearchSpaceExhausted"]
+    assert sorted(module.__all__) == [
+        "QuantuneSampler",
+        "SearchSpaceExhausted",
+        "SourceStudy",
+        "knapsack_front",
+    ]
 
 
 def test_downloaded_package_needs_no_other_and_proposes_the_same(

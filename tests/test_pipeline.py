@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from optuna_quantune import pipeline
+from optuna_quantune.pipeline import CoreLimit
 from optuna_quantune.pipeline import ordered_map
 
 
@@ -47,3 +49,66 @@ def test_an_exception_is_raised_at_its_place() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError):
         next(results)
+
+
+def test_work_that_shares_the_limit_never_uses_more_cores_than_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 3)
+    limit, lock, used, most = CoreLimit(), threading.Lock(), 0, []
+
+    def work(wanted: int | None) -> None:
+        nonlocal used
+        count = 3 if wanted is None or wanted > 3 else wanted
+        with limit.take(wanted):
+            with lock:
+                used += count
+                most.append(used)
+            time.sleep(0.002)
+            with lock:
+                used -= count
+
+    list(ordered_map(work, [1, 1, 2, None, 1, 5, 1, 2] * 3, workers=8))
+    assert max(most) == 3
+    assert used == 0
+
+
+def test_whoever_wants_all_cores_is_not_kept_waiting_by_later_comers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 2)
+    limit, order = CoreLimit(), []
+    running = threading.Event()
+
+    def first() -> None:
+        with limit.take(1):
+            running.set()
+            while len(limit._waiting) < 2:
+                time.sleep(0.001)
+
+    def want(name: str, cores: int | None, before: int) -> None:
+        running.wait(10)
+        while len(limit._waiting) < before:
+            time.sleep(0.001)
+        with limit.take(cores):
+            order.append(name)
+
+    threads = [
+        threading.Thread(target=first),
+        threading.Thread(target=want, args=("all", None, 0)),
+        threading.Thread(target=want, args=("one", 1, 1)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["all", "one"]
+
+
+def test_cores_are_given_back_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 1)
+    limit = CoreLimit()
+    with pytest.raises(KeyError), limit.take():
+        raise KeyError
+    with limit.take():
+        pass

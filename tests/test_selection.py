@@ -6,27 +6,34 @@ import pytest
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.search.pruner import CORRECT_KEY
 from optuna_quantune.selection import AGREES_KEY
-from optuna_quantune.selection import CORRECT_KEY
 from optuna_quantune.selection import pack
 from optuna_quantune.selection import select
 from optuna_quantune.selection import unpack
+from optuna_quantune.selection import VALUE_KEY
 
 
 def add(
-    study: optuna.Study, wrong: range, *, latency: float, sqnr: float, drop: float | None = None
+    study: optuna.Study,
+    wrong: range,
+    *,
+    latency: float,
+    sqnr: float,
+    size: int = 1000,
+    bounds: dict[str, float] | None = None,
 ) -> None:
     """A finished trial on 500 inputs that is wrong, and disagrees with float, on `wrong`."""
     bits = np.ones(500, dtype=bool)
     bits[wrong] = False
     trial = study.ask()
     attributes = {"n": 500, "agreement": bits.mean(), "latency_ratio": latency, "sqnr_db": sqnr}
-    for name, value in attributes.items():
+    for name, value in {**attributes, "size_bytes": size}.items():
         trial.set_user_attr(name, value)
     for key in (CORRECT_KEY, AGREES_KEY):
         trial.set_user_attr(key, pack(bits))
-    if drop is not None:
-        trial.set_constraint("accuracy_drop", drop)
+    for name, violation in (bounds or {}).items():
+        trial.set_constraint(name, violation)
     study.tell(trial, float(bits.mean()))
 
 
@@ -69,18 +76,80 @@ def test_a_lucky_value_with_poor_agreement_does_not_win(study: optuna.Study) -> 
 
 
 def test_under_a_bound_the_fastest_trial_within_it_is_chosen(study: optuna.Study) -> None:
-    add(study, range(10), latency=0.8, sqnr=20.0, drop=-0.01)
-    add(study, range(15), latency=0.5, sqnr=18.0, drop=-0.001)
-    add(study, range(90), latency=0.3, sqnr=5.0, drop=0.19)
+    add(study, range(10), latency=0.8, sqnr=20.0, bounds={"accuracy_drop": -0.01})
+    add(study, range(15), latency=0.5, sqnr=18.0, bounds={"accuracy_drop": -0.001})
+    add(study, range(90), latency=0.3, sqnr=5.0, bounds={"accuracy_drop": 0.19})
     trial, met = select(study)
     assert (trial.number, met) == (1, True)
 
 
 def test_when_no_trial_is_within_the_bound_it_says_so(study: optuna.Study) -> None:
-    add(study, range(90), latency=0.3, sqnr=5.0, drop=0.2)
-    add(study, range(20), latency=0.9, sqnr=20.0, drop=0.1)
+    add(study, range(90), latency=0.3, sqnr=5.0, bounds={"accuracy_drop": 0.2})
+    add(study, range(20), latency=0.9, sqnr=20.0, bounds={"accuracy_drop": 0.1})
     trial, met = select(study)
     assert (trial.number, met) == (1, False)
+
+
+def test_the_smallest_wins_where_that_is_preferred(study: optuna.Study) -> None:
+    add(study, range(20), latency=0.5, sqnr=20.0, size=20_000)
+    add(study, range(22), latency=0.9, sqnr=15.0, size=10_000)
+    add(study, range(23), latency=0.9, sqnr=18.0, size=10_001)  # a byte more, less noise
+    add(study, range(90), latency=0.3, sqnr=5.0, size=5_000)  # really worse
+    assert select(study, prefer="size")[0].number == 2
+    assert select(study)[0].number == 0
+
+
+def test_under_a_bound_on_latency_the_most_accurate_within_it_is_chosen(
+    study: optuna.Study,
+) -> None:
+    add(study, range(5), latency=0.9, sqnr=30.0, bounds={"latency": 0.8})
+    add(study, range(90), latency=0.3, sqnr=9.0, bounds={"latency": -0.4})
+    add(study, range(20), latency=0.4, sqnr=20.0, bounds={"latency": -0.2})
+    trial, met = select(study)
+    assert (trial.number, met) == (2, True)
+
+
+def test_when_size_and_accuracy_cannot_both_be_kept_the_size_is(study: optuna.Study) -> None:
+    add(
+        study,
+        range(5),
+        latency=0.9,
+        sqnr=30.0,
+        size=9,
+        bounds={"size": 0.8, "accuracy_drop": -0.1},
+    )
+    add(study, range(60), latency=0.3, sqnr=9.0, bounds={"size": -0.1, "accuracy_drop": 0.05})
+    add(study, range(90), latency=0.2, sqnr=9.0, bounds={"size": -0.1, "accuracy_drop": 0.11})
+    trial, met = select(study)
+    assert (trial.number, met) == (1, False)
+
+
+def test_when_no_trial_is_small_enough_the_nearest_is_taken(study: optuna.Study) -> None:
+    add(study, range(5), latency=0.9, sqnr=30.0, bounds={"latency": 0.8})
+    add(study, range(60), latency=0.6, sqnr=9.0, bounds={"latency": 0.1})
+    trial, met = select(study)
+    assert (trial.number, met) == (1, False)
+
+
+def test_a_latency_whose_interval_holds_another_is_the_same(study: optuna.Study) -> None:
+    add(study, range(20), latency=0.50, sqnr=12.0)
+    add(study, range(20), latency=0.60, sqnr=16.0)
+    assert select(study)[0].number == 0
+    noisy = study.ask()
+    for name, value in {**study.trials[0].user_attrs, "latency_high": 0.7}.items():
+        noisy.set_user_attr(name, value)
+    noisy.set_user_attr("latency_ratio", 0.49)
+    study.tell(noisy, study.trials[0].value)
+    assert select(study)[0].number == 1
+
+
+def test_a_metric_of_the_users_that_is_minimized_is_chosen_at_its_minimum() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    for error, latency in ((0.3, 0.2), (0.1, 0.9), (0.2, 0.5)):
+        trial = study.ask()
+        trial.set_user_attr(VALUE_KEY, error)
+        study.tell(trial, [latency, error])  # whatever the order of the objectives
+    assert select(study, direction="minimize")[0].number == 1
 
 
 def test_without_bits_the_best_value_wins(study: optuna.Study) -> None:

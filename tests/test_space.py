@@ -19,13 +19,21 @@ def test_the_quantune_preset_is_96_different_configurations() -> None:
     assert len(configs) == space.size == 96
 
 
-def test_the_extended_preset_is_the_quantune_preset_with_corrections() -> None:
+def test_the_extended_preset_holds_the_quantune_preset() -> None:
     space = SearchSpace.preset("extended")
     configs = {space.config(params) for params in space.grid()}
-    assert len(configs) == space.size == 384
-    plain = {c for c in configs if not c.bias_correction and not c.equalization}
+    assert len(configs) == space.size == 96 // 2 * 7 * 2 * 13 * 2 * 2 * 4
     quantune = SearchSpace.preset("quantune")
-    assert plain == {quantune.config(params) for params in quantune.grid()}
+    assert {quantune.config(params) for params in quantune.grid()} < configs
+
+
+def test_the_vta_preset_is_12_integer_only_configurations() -> None:
+    space = SearchSpace.preset("vta")
+    configs = {space.config(params) for params in space.grid()}
+    assert len(configs) == space.size == 12
+    assert {(c.scheme, c.granularity, c.mixed_precision) for c in configs} == {
+        ("symmetric_power2", "tensor", "none")
+    }
 
 
 def test_a_space_is_a_mapping_that_grid_sampler_takes() -> None:

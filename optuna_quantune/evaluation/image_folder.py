@@ -19,12 +19,14 @@ from PIL import Image
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.labels import read_labels
+from optuna_quantune.evaluation.memory import cache_size
 from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.evaluation.source import chunks
 from optuna_quantune.evaluation.source import InputSource
 from optuna_quantune.evaluation.source import InputSpec
 from optuna_quantune.evaluation.source import UNNAMED
 from optuna_quantune.pipeline import available_cores
+from optuna_quantune.pipeline import CORES
 from optuna_quantune.pipeline import ordered_map
 
 
@@ -49,7 +51,9 @@ class ImageFolder(InputSource):
             ``folder`` in the sorted order of their paths, without labels.
         preprocessing: A :class:`Preprocessing`, a mapping or a JSON file with one.
         limit: Use the first so many; None uses all.
-        cache_bytes: Pixels kept in memory, in bytes. A second pass does not decode what is kept.
+        cache_bytes: Pixels kept in memory, in bytes; None is a quarter of the memory that is free
+            now. A later pass (every trial is one) does not decode what is kept; what finds no
+            room is decoded again.
 
     Raises:
         InputError: The folder, its images, the labels or the preprocessing cannot be used.
@@ -62,7 +66,7 @@ class ImageFolder(InputSource):
         labels: str | os.PathLike[str] | None = None,
         preprocessing: Recipe | None = None,
         limit: int | None = None,
-        cache_bytes: int = 1 << 30,
+        cache_bytes: int | None = None,
     ) -> None:
         self._folder = Path(folder)
         if not self._folder.is_dir():
@@ -91,7 +95,7 @@ class ImageFolder(InputSource):
             self._files = self._files[:limit]
             self._labels = None if self._labels is None else self._labels[:limit]
         self._cache: dict[int, NDArray[np.uint8]] = {}
-        self._cache_room = cache_bytes
+        self._cache_room = cache_size() if cache_bytes is None else cache_bytes
         self._cache_lock = threading.Lock()
 
     def __str__(self) -> str:
@@ -160,7 +164,8 @@ class ImageFolder(InputSource):
     def _cached_pixels(self, index: int) -> NDArray[np.uint8]:
         if (pixels := self._cache.get(index)) is not None:
             return pixels
-        pixels = self._decode(index)
+        with CORES.take(1):
+            pixels = self._decode(index)
         if pixels.shape != self._pixel_shape:
             raise InputError(
                 f"{self._files[index]}: gives an input of shape {pixels.shape}, the first image "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.pipeline import CORES
 
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ def latency_ratio(
     """Compare the latency of two models, run by run in turns.
 
     Each ratio comes from two runs that follow each other, in alternating order, on the same feed,
-    so that a slower phase of the machine slows both. Both sessions should be made alike, with the
-    threads that the application will use and without spinning
-    (:func:`~optuna_quantune.evaluation.runner.make_session`): threads of one session that wait in
-    a busy loop take the cores away from the other.
+    so that a slower phase of the machine slows both. Whatever else this process evaluates waits
+    meanwhile. Both sessions should be made alike, with the threads that the application will use
+    and without spinning (:func:`~optuna_quantune.evaluation.runner.make_session`): threads of one
+    session that wait in a busy loop take the cores away from the other.
 
     Args:
         session: The model.
@@ -75,14 +76,15 @@ def latency_ratio(
         raise InputError(f"latency needs at least {_MIN_REPEATS} repeats, not {repeats}")
     milliseconds = np.empty((repeats, 2))
     sessions = (session, reference_session)
-    for turn in range(-warmup, repeats):
-        feed = feeds[turn % len(feeds)]
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            begin = time.perf_counter_ns()
-            sessions[which].run(None, feed)
-            elapsed = (time.perf_counter_ns() - begin) / 1e6
-            if turn >= 0:
-                milliseconds[turn, which] = elapsed
+    with CORES.take():  # no other trial of this process runs meanwhile
+        for turn in range(-warmup, repeats):
+            feed = feeds[turn % len(feeds)]
+            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                begin = time.perf_counter_ns()
+                sessions[which].run(None, feed)
+                elapsed = (time.perf_counter_ns() - begin) / 1e6
+                if turn >= 0:
+                    milliseconds[turn, which] = elapsed
     low, ratio, high = median_interval(milliseconds[:, 0] / milliseconds[:, 1])
     median, reference_median = np.median(milliseconds, axis=0).tolist()
     return LatencyRatio(median, reference_median, ratio, low, high)

@@ -17,6 +17,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.source import InputSource
 from optuna_quantune.evaluation.source import InputSpec
 from optuna_quantune.pipeline import available_cores
+from optuna_quantune.pipeline import CORES
 from optuna_quantune.pipeline import ordered_map
 
 
@@ -77,14 +78,7 @@ def make_session(
     name = f"model of {len(model)} bytes" if isinstance(model, bytes) else os.fspath(model)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise InputError(f"{name}: no such model file")
-    available = onnxruntime.get_available_providers()
-    for provider in providers:
-        provider_name = provider if isinstance(provider, str) else provider[0]
-        if provider_name not in available:  # ONNX Runtime would take the processor and only warn
-            raise InputError(
-                f"execution provider {provider_name} is not in this ONNX Runtime; it has "
-                f"{', '.join(available)}"
-            )
+    check_providers(providers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -96,6 +90,27 @@ def make_session(
         )
     except Exception as error:  # ONNX Runtime's errors share no narrower type
         raise InputError(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+
+
+def check_providers(providers: Sequence[Provider]) -> None:
+    """Check execution providers: ONNX Runtime would take the processor and only warn.
+
+    Args:
+        providers: Names, or pairs of a name and a mapping of options.
+
+    Raises:
+        InputError: There are none, or one is not in this ONNX Runtime.
+    """
+    available = onnxruntime.get_available_providers()
+    if isinstance(providers, str) or not providers:
+        raise InputError(f"providers: {providers!r} must be a list, of {', '.join(available)}")
+    for provider in providers:
+        name = provider if isinstance(provider, str) else provider[0]
+        if name not in available:
+            raise InputError(
+                f"execution provider {name} is not in this ONNX Runtime; it has "
+                f"{', '.join(available)}"
+            )
 
 
 def input_specs(session: onnxruntime.InferenceSession) -> tuple[InputSpec, ...]:
@@ -125,7 +140,8 @@ def iterate(
 
     As many batches run side by side as the session leaves cores for (one on each core for a
     session of one thread), while the next ones are read and prepared; a caller may stop at any
-    time.
+    time. Models that are run at the same time in one process share its cores
+    (:data:`~optuna_quantune.pipeline.CORES`).
 
     Args:
         session: The model.
@@ -160,13 +176,16 @@ def iterate(
         raise InputError(f"the model has no output {unknown[0]!r}; it has {', '.join(known)}")
     order = np.arange(len(bound)) if indices is None else np.asarray(indices)
 
+    threads = _threads(session)
+
     def run_batch(feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         rows = len(next(iter(feed.values())))
         padding = (fixed_size or rows) - rows
         if padding:  # the last batch of a model with a fixed batch size above 1
             feed = {name: _padded(array, padding) for name, array in feed.items()}
         try:
-            results = session.run(names, feed)
+            with CORES.take(threads):
+                results = session.run(names, feed)
         except Exception as error:  # ONNX Runtime's errors share no narrower type
             raise InputError(
                 f"{source}: the model fails on a batch of {rows + padding}: "
@@ -180,7 +199,7 @@ def iterate(
                 )
         return [result[:rows] for result in results]
 
-    workers = max(1, available_cores() // _threads(session))
+    workers = max(1, available_cores() // threads)
     start = 0
     for results in ordered_map(run_batch, bound.batches(batch_size, indices), workers=workers):
         stop = start + len(results[0])

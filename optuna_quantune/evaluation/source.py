@@ -74,6 +74,14 @@ class InputSource(ABC):
     def specs(self) -> tuple[InputSpec, ...]:
         """What the batches hold; the name of a single input may be :data:`UNNAMED`."""
 
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Where each input stands in the source that the user made, shape (n,).
+
+        For a subset of a source these are its indices there.
+        """
+        return np.arange(len(self))
+
     @abstractmethod
     def batches(
         self, batch_size: int, indices: NDArray[np.int64] | None = None
@@ -169,6 +177,10 @@ class _Subset(InputSource):
         return None if labels is None else labels[self._indices]
 
     @property
+    def positions(self) -> NDArray[np.int64]:
+        return self._source.positions[self._indices]
+
+    @property
     def specs(self) -> tuple[InputSpec, ...]:
         return self._source.specs
 
@@ -203,6 +215,10 @@ class _Bound(InputSource):
     @property
     def labels(self) -> NDArray[np.int64] | None:
         return self._source.labels
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        return self._source.positions
 
     @property
     def specs(self) -> tuple[InputSpec, ...]:

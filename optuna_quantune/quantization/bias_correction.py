@@ -74,6 +74,8 @@ class BiasCorrection:
             for layer in self._layers
         }
         wanted = [layer for layer in self._layers if layer.name in weight_errors]
+        if not wanted:  # ONNX Runtime takes an empty list for all outputs
+            return {}
         outputs = self._session.run([_output(layer) for layer in wanted], feed)
         return {
             layer.name: _channel_mean(layer, output)

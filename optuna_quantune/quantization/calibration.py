@@ -1,20 +1,31 @@
 """Calibration, done once: a single streaming pass whose statistics serve every configuration.
 
-The float model runs over the calibration inputs and observes its activations. Of each only counts
-are kept (`statistics.py`), so memory does not depend on the number of inputs. Extremes are exact;
-the histogram of a large activation counts a sample of its values. The counts are kept apart for
-the segments between the wanted set sizes; those of the first n inputs are the sum of the segments
-before n. The result is stored on disk under a fingerprint of the model, the inputs and the
-options, and found again by the next run.
+The float model runs over the calibration inputs and its activations are looked at
+(`observation.py`). Of each only counts are kept (`statistics.py`), so memory does not depend on
+the number of inputs. The counts are kept apart for the segments between the wanted set sizes;
+those of the first n inputs are the sum of the segments before n.
+
+Resolution: histogram bins are bfloat16 numbers (0.8 % wide). The maximum and the minimum are exact
+(the minimum of an activation that cannot be negative: of the values that were counted). The first
+input is counted whole. Of the others the body of a large activation is counted by an even sample,
+at least 2,048 values for each input and more for small sets, and its tails value by value. That
+takes 2.5 times as long as running the model, so beyond the first 64 inputs of a segment every
+other batch stands for two, and of the batch between only the extremes are taken.
+So the percentiles of up to 64 inputs are those of all values, and of more inputs an estimate where
+single inputs make the whole tail. `benchmarks/calibration_cost.py` compares the ranges with those
+of all values, in decibels of quantization noise.
+
+The result is stored on disk under a fingerprint of the model, the inputs and the options, and
+found again by the next run. The store is also written from time to time during the pass, and a
+pass that was interrupted goes on where it was written last, with the very same result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-import zipfile
-import zlib
+import math
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -29,28 +40,37 @@ from typing import Final
 from typing import Protocol
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.pipeline import available_cores
 from optuna_quantune.pipeline import ordered_map
+from optuna_quantune.quantization import calibration_store
 from optuna_quantune.quantization.model import FloatModel
-from optuna_quantune.quantization.session import make_session
-from optuna_quantune.quantization.statistics import BINS
-from optuna_quantune.quantization.statistics import count_into
+from optuna_quantune.quantization.observation import Observation
+from optuna_quantune.quantization.observation import observe_whole
+from optuna_quantune.quantization.observation import Observer
+from optuna_quantune.quantization.statistics import Accumulator
 from optuna_quantune.quantization.statistics import Counts
-from optuna_quantune.quantization.statistics import from_dense
 from optuna_quantune.quantization.statistics import Histogram
 
 
 # Raised when the meaning of a stored file changes; files of another version are not used.
-STORE_VERSION: Final = 2
-# Values of one tensor that are counted for each input; of a larger tensor an even sample of this
-# size. The first input is counted whole.
-_SAMPLE: Final = 1 << 13
-# Inputs that are run at a time after the first.
-_BATCH: Final = 4
+STORE_VERSION: Final = 3
+# Values of a large activation that are sampled for each input, at least and at most, and about how
+# many for a whole segment in between: small sets need more of each input.
+_SAMPLE: Final = (1 << 11, 1 << 13)
+_SEGMENT_SAMPLE: Final = 1 << 18
+# Inputs of a segment that are looked at closely; beyond them one batch of so many is, and of the
+# others only the extremes are taken.
+_CLOSE: Final = 64
+_EVERY: Final = 2
+# Inputs that are run at a time after the first, at least and at most, and about how many values of
+# all activations together: small models want larger batches to spread the cost of a call.
+_BATCH: Final = (4, 16)
+_BATCH_VALUES: Final = 1 << 22
+# Seconds between two writings of an incomplete store; a writing takes about 0.1 s.
+_SAVE_SECONDS: Final = 10.0
 
 
 class CalibrationInputs(Protocol):
@@ -136,165 +156,119 @@ def calibrate(
     """
     total = len(inputs)
     bounds = tuple(sorted({total if s == "all" else min(int(s), total) for s in sizes} | {total}))
-    workers = workers or available_cores()
     fingerprint = _fingerprint(model, inputs, tensors, bounds)
-    stored = None if cache is None else cache / f"calibration-{fingerprint[:32]}.npz"
-    if stored is not None and (found := _load(stored, fingerprint, tensors, bounds)) is not None:
-        if progress is not None:
-            progress(total, total)
-        return found
-    segments: dict[str, list[Counts]] = {tensor: [] for tensor in tensors}
-    observer = _Observer(model, tensors)
-    batch_size = 1
-    done = 0
-    for stop in bounds:
-        collector = _Collector(tensors)
-        batches = inputs.batches(batch_size, np.arange(done, stop))
-        for observations, size in ordered_map(observer, enumerate(batches), workers=workers):
-            collector.add(observations)
-            done += size
+    path = None if cache is None else cache / f"calibration-{fingerprint[:32]}.npz"
+    stored = None if path is None else calibration_store.load(path, fingerprint, tensors, bounds)
+    counting = _Counting(tensors, bounds, stored)
+    if progress is not None and counting.done > 0:
+        progress(counting.done, total)
+    if counting.done < total:
+        saved = time.monotonic()
+        for _ in counting.go_on(model, inputs, workers or available_cores()):
             if progress is not None:
-                progress(done, total)
-        for tensor, counts in collector.counts().items():
-            segments[tensor].append(counts)
-        if all(spec.shape and spec.shape[0] is None for spec in model.inputs):
-            batch_size = _BATCH
-    statistics = CalibrationStatistics(
-        bounds, {tensor: tuple(counts) for tensor, counts in segments.items()}, fingerprint
-    )
-    if stored is not None:
-        _save(stored, statistics)
-    return statistics
+                progress(counting.done, total)
+            due = time.monotonic() - saved >= _SAVE_SECONDS or counting.done == total
+            if path is not None and due:
+                calibration_store.save(path, fingerprint, bounds, counting.state())
+                saved = time.monotonic()
+    return CalibrationStatistics(bounds, counting.state().segments, fingerprint)
 
 
-@dataclass(frozen=True)
-class _Observation:
-    """One tensor in one batch: exact extremes, and every `step`-th value from some offset on."""
+class _Counting:
+    """The pass over the inputs, from the first input or from where another process stopped."""
 
-    tensor: str
-    minimum: float
-    maximum: float
-    sample: NDArray[np.float32]
-    step: int
-
-
-class _Observer:
-    """Runs the float model and looks at its activations; called with (number, batch).
-
-    Extremes and samples are taken inside the graph, so that whole activations never leave ONNX
-    Runtime: copying them out costs more than computing them.
-    """
-
-    def __init__(self, model: FloatModel, tensors: Sequence[str]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        tensors: Sequence[str],
+        bounds: tuple[int, ...],
+        stored: calibration_store.StoredCounts | None,
+    ) -> None:
+        self.done = 0
         self._tensors = tensors
-        # One batch on each core needs no synchronisation inside a layer.
-        self._session = make_session(_observed(model, tensors), threads=1)
-        self._sizes: dict[str, int] = {}  # values of each tensor for one input
+        self._bounds = bounds
+        self._finished: list[dict[str, Counts]] = []
+        self._current: dict[str, Accumulator] = {t: Accumulator() for t in tensors}
+        if stored is not None:
+            self.done = stored.done
+            *finished, current = zip(*stored.segments.values(), strict=True)
+            self._finished = [dict(zip(tensors, part, strict=True)) for part in finished]
+            self._current = {
+                t: Accumulator(counts) for t, counts in zip(tensors, current, strict=True)
+            }
 
-    def __call__(
-        self, numbered: tuple[int, dict[str, NDArray[Any]]]
-    ) -> tuple[list[_Observation], int]:
-        number, batch = numbered
-        size = len(next(iter(batch.values())))
-        steps = {t: _step(self._sizes.get(t, 0) * size, size) for t in self._tensors}
-        # The offset goes through all residues, so that the samples of many batches miss nothing.
-        places = {t: np.array([[number % step], [step]]) for t, step in steps.items()}
-        feed = batch | {_place(tensor): place for tensor, place in places.items()}
-        names = [_statistic(t, kind) for t in self._tensors for kind in ("min", "max", "sample")]
-        try:
-            outputs = iter(self._session.run(names, feed))
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"model {self._model.path}: cannot run a calibration input ({reason})"
-            ) from error
-        observations = [
-            _Observation(tensor, float(next(outputs)), float(next(outputs)), next(outputs), step)
-            for tensor, step in steps.items()
-        ]
-        for found in observations:
-            self._sizes.setdefault(found.tensor, found.sample.size // size)
-        return observations, size
+    def go_on(self, model: FloatModel, inputs: CalibrationInputs, workers: int) -> Iterator[None]:
+        """Counts what is not counted yet; yields after each batch."""
+        # Run again where a store goes on: it says which activations are large.
+        first = observe_whole(model, self._tensors, next(inputs.batches(1, np.arange(1))))
+        if self.done == 0:
+            self._add(first, 1)
+            yield
+        observer = Observer(model, first)
+        values = sum(seen.sample.size for seen in first)
+        del first
+        free = all(None not in s.shape[1:] and s.shape[:1] == (None,) for s in model.inputs)
+        batch_size = int(np.clip(_BATCH_VALUES // values, *_BATCH)) if free else 1
+        for start, stop in zip((0, *self._bounds), self._bounds, strict=False):
+            if stop <= self.done:
+                continue
+            if start == self.done > 0:
+                self._begin_segment()
+            sample = int(np.clip(_SEGMENT_SAMPLE // (stop - start), *_SAMPLE))
 
+            def observe(
+                numbered: tuple[int, dict[str, NDArray[Any]]],
+                start: int = start,
+                sample: int = sample,
+            ) -> list[Observation]:
+                offset, batch = numbered
+                beyond = (offset - start) // batch_size - _CLOSE // batch_size
+                if beyond >= 0 and beyond % _EVERY != _EVERY // 2:
+                    return observer.glance(batch)
+                weight = 1 if beyond < 0 else _EVERY
+                return observer.observe(batch, offset=offset, sample=sample, weight=weight)
 
-class _Collector:
-    """The counts of one segment."""
+            indices = np.arange(self.done, stop)
+            sizes = [len(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+            offsets = range(self.done, stop, batch_size)
+            batches = zip(offsets, inputs.batches(batch_size, indices), strict=True)
+            observed = ordered_map(observe, batches, workers=workers)
+            for observations, size in zip(observed, sizes, strict=True):
+                self._add(observations, size)
+                yield
 
-    def __init__(self, tensors: Sequence[str]) -> None:
-        self._dense = {tensor: np.zeros(BINS, dtype=np.int64) for tensor in tensors}
-        self._extremes = dict.fromkeys(tensors, (np.inf, -np.inf))
-
-    def add(self, observations: list[_Observation]) -> None:
-        for found in observations:
-            if not (np.isfinite(found.minimum) and np.isfinite(found.maximum)):
-                raise InputError(
-                    f"activation {found.tensor!r}: not finite for some calibration input; "
-                    "check the preprocessing and the float model"
-                )
-            low, high = self._extremes[found.tensor]
-            self._extremes[found.tensor] = min(low, found.minimum), max(high, found.maximum)
-            count_into(self._dense[found.tensor], found.sample, weight=found.step)
-
-    def counts(self) -> dict[str, Counts]:
-        return {
-            tensor: from_dense(dense, *self._extremes[tensor])
-            for tensor, dense in self._dense.items()
-        }
-
-
-def _step(values: int, inputs: int) -> int:
-    """Distance of sampled values: 1 for a small tensor, otherwise odd.
-
-    Widths and channel counts are mostly even, so that an odd step visits all of them.
-    """
-    step = -(-values // (_SAMPLE * inputs))
-    return max(1, step | 1) if step > 1 else 1
-
-
-def _place(tensor: str) -> str:
-    return f"{tensor}__place"
-
-
-def _statistic(tensor: str, kind: str) -> str:
-    return f"{tensor}__{kind}"
-
-
-def _observed(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProto:
-    """The model with minimum, maximum and a strided sample of each tensor as outputs."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    graph = proto.graph
-    del graph.output[:]
-    flat = onnx.numpy_helper.from_array(np.array([-1]), "calibration__flat")
-    end = onnx.numpy_helper.from_array(np.array([np.iinfo(np.int64).max]), "calibration__end")
-    first = onnx.numpy_helper.from_array(np.array(0), "calibration__first")
-    second = onnx.numpy_helper.from_array(np.array(1), "calibration__second")
-    graph.initializer.extend([flat, end, first, second])
-    make = onnx.helper.make_node
-    for tensor in tensors:
-        place, values = _place(tensor), f"{tensor}__values"
-        graph.input.append(
-            onnx.helper.make_tensor_value_info(place, onnx.TensorProto.INT64, [2, 1])
+    def state(self) -> calibration_store.StoredCounts:
+        """What is counted so far."""
+        segments = [*self._finished, self._segment()]
+        return calibration_store.StoredCounts(
+            self.done, {t: tuple(part[t] for part in segments) for t in self._tensors}
         )
-        graph.node.extend(
-            [
-                make("ReduceMin", [tensor], [_statistic(tensor, "min")], keepdims=0),
-                make("ReduceMax", [tensor], [_statistic(tensor, "max")], keepdims=0),
-                make("Reshape", [tensor, flat.name], [values]),
-                make("Gather", [place, first.name], [f"{place}_start"], axis=0),
-                make("Gather", [place, second.name], [f"{place}_step"], axis=0),
-                make(
-                    "Slice",
-                    [values, f"{place}_start", end.name, "", f"{place}_step"],
-                    [_statistic(tensor, "sample")],
-                ),
-            ]
-        )
-        graph.output.extend(
-            onnx.ValueInfoProto(name=_statistic(tensor, kind)) for kind in ("min", "max", "sample")
-        )
-    return proto
+
+    def _begin_segment(self) -> None:
+        self._finished.append(self._segment())
+        self._current = {tensor: Accumulator() for tensor in self._tensors}
+
+    def _segment(self) -> dict[str, Counts]:
+        counts = {tensor: self._current[tensor].counts() for tensor in self._tensors}
+        for tensor in self._tensors:
+            if not self._current[tensor].finite:  # sampled values may show what extremes do not
+                raise _not_finite(tensor)
+        return counts
+
+    def _add(self, observations: Sequence[Observation], inputs: int) -> None:
+        for seen in observations:
+            if not (math.isfinite(seen.minimum) and math.isfinite(seen.maximum)):
+                raise _not_finite(seen.tensor)
+            counter = self._current[seen.tensor]
+            counter.extend(seen.minimum, seen.maximum)
+            counter.add(seen.sample, weight=seen.weight, upper=seen.upper, lower=seen.lower)
+        self.done += inputs
+
+
+def _not_finite(tensor: str) -> InputError:
+    return InputError(
+        f"activation {tensor!r}: not finite for some calibration input; "
+        "check the preprocessing and the float model"
+    )
 
 
 def _fingerprint(
@@ -302,58 +276,3 @@ def _fingerprint(
 ) -> str:
     parts = [STORE_VERSION, model.fingerprint, inputs.fingerprint(), list(tensors), list(sizes)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _save(path: Path, statistics: CalibrationStatistics) -> None:
-    """Writes the store beside its final name and renames it: no half file is ever found."""
-    tensors = list(statistics.segments)
-    flat = [counts for tensor in tensors for counts in statistics.segments[tensor]]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.savez_compressed(
-                file,
-                fingerprint=np.array(statistics.fingerprint),
-                tensors=np.array(tensors),
-                sizes=np.array(statistics.sizes),
-                occupied=np.array([counts.bins.size for counts in flat]),
-                bins=np.concatenate([counts.bins for counts in flat]),
-                counts=np.concatenate([counts.counts for counts in flat]),
-                extremes=np.array([(counts.minimum, counts.maximum) for counts in flat]),
-            )
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise InputError(
-            f"calibration cache {path.parent}: cannot be written ({error.strerror})"
-        ) from error
-
-
-def _load(
-    path: Path, fingerprint: str, tensors: Sequence[str], sizes: tuple[int, ...]
-) -> CalibrationStatistics | None:
-    """Reads a store; one that is missing, damaged or of something else gives None."""
-    try:
-        # Opened here: np.load leaves a damaged file open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as store:
-            if (
-                str(store["fingerprint"]) != fingerprint
-                or store["tensors"].tolist() != list(tensors)
-                or store["sizes"].tolist() != list(sizes)
-            ):
-                return None
-            ends = np.cumsum(store["occupied"])[:-1]
-            bins = np.split(store["bins"], ends)
-            counts = np.split(store["counts"], ends)
-            extremes = store["extremes"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    flat = [
-        Counts(b, c, float(e[0]), float(e[1]))
-        for b, c, e in zip(bins, counts, extremes, strict=True)
-    ]
-    per_tensor = len(sizes)
-    return CalibrationStatistics(
-        sizes,
-        {t: tuple(flat[i * per_tensor : (i + 1) * per_tensor]) for i, t in enumerate(tensors)},
-        fingerprint,
-    )

@@ -6,14 +6,17 @@ and what to do. One finding stands for all nodes that a rule applies to.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import tempfile
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from typing import Final
 from typing import Literal
@@ -24,11 +27,16 @@ import onnxruntime
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationMethod
+from onnxruntime.quantization import QuantType
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.integer_only import float_nodes
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import quantized_node
 from optuna_quantune.quantization.model import WEIGHTED_OPS
+from optuna_quantune.quantization.processor import detect_vnni
 
 
 # Largest channel range over the median one from which on a single scale is said to destroy the
@@ -41,6 +49,37 @@ _LARGEST_PAIR: Final = np.iinfo(np.int16).max // np.iinfo(np.uint8).max
 _NAMES_SHOWN: Final = 3
 # Operators of the ``QOperator`` format: which input is the bias, and which the output's scale.
 _INTEGER_OPS: Final = {"QLinearConv": (8, 6), "QGemm": (6, 7), "QLinearMatMul": (None, 6)}
+# What `quantize_static` of ONNX Runtime 1.32 reads of its `extra_options`.
+_KNOWN_OPTIONS: Final = (
+    "ActivationRestrictedAsymmetric",
+    "ActivationSymmetric",
+    "AddQDQPairToWeight",
+    "BlockSize",
+    "CalibMaxIntermediateOutputs",
+    "CalibMovingAverage",
+    "CalibMovingAverageConstant",
+    "CalibPercentile",
+    "CalibStridedMinMax",
+    "CalibTensorRangeSymmetric",
+    "DedicatedQDQPair",
+    "DefaultTensorType",
+    "EnableSubgraph",
+    "ForceQuantizeNoInputCheck",
+    "MatMulConstBOnly",
+    "MinimumRealRange",
+    "OpTypesToExcludeOutputQuantization",
+    "QDQDisableWeightAdjustForInt32Bias",
+    "QDQKeepRemovableActivations",
+    "QDQOpTypePerChannelSupportToAxis",
+    "QuantizeBias",
+    "SmoothQuant",
+    "SmoothQuantAlpha",
+    "SmoothQuantFolding",
+    "TensorQuantOverrides",
+    "UseQDQContribOps",
+    "WeightSymmetric",
+    "extra.Sigmoid.nnapi",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +100,7 @@ class Finding:
 
 def lint_model(model: FloatModel) -> list[Finding]:
     """What will make a float model hard to quantize."""
-    live = _live_weights(model)
+    live = live_weights(model)
     return [*_wide_channel_spread(model, live), *_dead_channels(model, live)]
 
 
@@ -89,9 +128,96 @@ def lint_quantized(
         _weight_zero_points,
         _computed_in_float,
         _equal_scales,
+        _no_shift,
     )
     findings += [finding for rule in rules for finding in rule(graph)]
     findings += _saturating_pairs(graph, detect_vnni() if vnni is None else vnni)
+    return findings
+
+
+def lint_config(
+    config: QuantizationConfig, digest: Callable[[QuantizationConfig], str]
+) -> list[Finding]:
+    """Which knobs of a configuration change nothing in the model that it builds.
+
+    Args:
+        config: The configuration.
+        digest: The canonical hash of the model that a configuration builds.
+    """
+    built, default = digest(config), QuantizationConfig()
+    findings = []
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        if value == usual or digest(dataclasses.replace(config, **{field.name: usual})) != built:
+            continue
+        findings.append(
+            Finding(
+                "knob-without-effect",
+                f"knob {field.name!r}: {value!r} builds the very model that {usual!r} does",
+                severity="info",
+            )
+        )
+    return findings
+
+
+def lint_options(
+    *,
+    per_channel: bool = False,
+    activation_type: QuantType = QuantType.QInt8,
+    calibrate_method: CalibrationMethod = CalibrationMethod.MinMax,
+    extra_options: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Finding]:
+    """What ONNX Runtime's ``quantize_static`` would do with its options without a word.
+
+    Args:
+        per_channel: As given to ``quantize_static``, like all others.
+        activation_type: Type of the activations' integers.
+        calibrate_method: How ranges are found.
+        extra_options: Options by name.
+    """
+    findings = []
+    for name in extra_options:
+        if name not in _KNOWN_OPTIONS:
+            (alike,) = difflib.get_close_matches(name, _KNOWN_OPTIONS, n=1, cutoff=0.0)
+            findings.append(
+                Finding(
+                    "unknown-option",
+                    f"option {name!r}: not read by ONNX Runtime, and ignored; did you mean "
+                    f"{alike!r}?",
+                )
+            )
+    symmetric = bool(extra_options.get("ActivationSymmetric"))
+
+    def without_effect(option: str, reason: str) -> None:
+        findings.append(Finding("option-without-effect", f"option {option!r}: {reason}"))
+
+    if calibrate_method == CalibrationMethod.Entropy:
+        without_effect(
+            "calibrate_method=Entropy",
+            "has as many bins as levels by default and returns minimum and maximum, as MinMax; "
+            "use Percentile, or create_calibrator with more num_bins",
+        )
+    if per_channel and extra_options.get("WeightSymmetric") is False:
+        without_effect("WeightSymmetric", "per-channel weights are symmetric all the same")
+    if extra_options.get("ActivationRestrictedAsymmetric") and (
+        activation_type != QuantType.QUInt8 or symmetric
+    ):
+        without_effect(
+            "ActivationRestrictedAsymmetric",
+            "only for uint8 activations that are not symmetric; use activation_type=QUInt8",
+        )
+    if (
+        extra_options.get("CalibTensorRangeSymmetric")
+        and not symmetric
+        and not extra_options.get("QDQKeepRemovableActivations")
+    ):
+        findings.append(
+            Finding(
+                "lost-activation",
+                "option 'CalibTensorRangeSymmetric': ranges with negative values make every Relu "
+                "and Clip vanish; set QDQKeepRemovableActivations or ActivationSymmetric",
+            )
+        )
     return findings
 
 
@@ -124,17 +250,7 @@ def channel_spread(weight: NDArray[np.float32], channel_axis: int) -> float:
     return float(ranges.max() / max(float(np.median(ranges)), np.finfo(np.float32).tiny))
 
 
-def detect_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
-    """Whether this x86-64 processor has VNNI; None where that cannot be told."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return None
-    flags = next((line.split() for line in lines if line.startswith("flags")), None)
-    return None if flags is None else bool({"avx512_vnni", "avx_vnni"} & set(flags))
-
-
-def _live_weights(model: FloatModel) -> dict[str, NDArray[np.float32]]:
+def live_weights(model: FloatModel) -> dict[str, NDArray[np.float32]]:
     """Weights by layer, with 0 where they meet input channels that are always 0.
 
     A channel of a convolution without weights worth mentioning and without a positive bias is 0
@@ -419,6 +535,23 @@ def _equal_scales(graph: _QuantizedGraph) -> Iterator[Finding]:
             "equal-scales",
             f"{_layers(equal)}: all channels of the weight have the same scale, so that "
             "per-channel quantization is without effect there",
+            severity="info",
+        )
+
+
+def _no_shift(graph: _QuantizedGraph) -> Iterator[Finding]:
+    """Float work between integers, in a model whose scales are all powers of two."""
+    scales = [layer.weight.scale for layer in graph.layers]
+    scales += [parameters.scale for parameters in graph.activations.values()]
+    if not scales or not all(np.all(np.frexp(scale)[0] == 0.5) for scale in scales):
+        return
+    found = [node for node in float_nodes(graph.proto) if node.enclosed]
+    if found:
+        reasons = ", ".join(dict.fromkeys(node.reason for node in found))
+        yield Finding(
+            "not-integer-only",
+            f"{_nodes('node', [node.name for node in found])}: all scales are powers of two, but "
+            f"an integer-only device cannot compute this with shifts ({reasons})",
             severity="info",
         )
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
+from optuna_quantune.quantization.config import ALL_IMAGES
+from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.placement import statistics_sources
 from optuna_quantune.quantization.probe import Probe
+from optuna_quantune.quantization.probe import PROBED
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.statistics import Histogram
@@ -28,21 +31,44 @@ from optuna_quantune.quantization.statistics import Histogram
 class NoisePrediction:
     """Noise-to-signal power ratios at the model's output that a configuration is expected to have.
 
+    Contributions of single tensors add up.
+
     Attributes:
         rounding: What the rounding of each quantized activation contributes.
         clipping: What the clipping of each quantized activation contributes.
         weights: What the quantized weight of each layer contributes, by weight name.
+        scaling: The part of each activation's clipping that scales the output as a whole or
+            bounds it, so that it changes no order in it.
+        highest_output: Largest value that the quantized first output can have.
+        weight_exponent: Errors beyond the signal's own power do not add up any more: the joint
+            noise of weights that add up to more than 1 is that sum to this power.
     """
 
     rounding: Mapping[str, float]
     clipping: Mapping[str, float]
     weights: Mapping[str, float]
+    scaling: Mapping[str, float]
+    highest_output: float = np.inf
+    weight_exponent: float = 1.0
 
     @property
     def total(self) -> float:
         """The predicted noise-to-signal power ratio of the output."""
-        parts = (self.rounding, self.clipping, self.weights)
-        return sum(sum(part.values()) for part in parts)
+        weights = sum(self.weights.values())
+        joint = float(weights**self.weight_exponent) if weights > 1.0 else weights
+        return sum(self.rounding.values()) + sum(self.clipping.values()) + joint
+
+    @property
+    def confusion(self) -> float:
+        """The part of the noise that can change a prediction.
+
+        Without what only scales the output, and without the bounds of the output itself, which
+        `highest_output` says exactly. The weights count with their plain sum: a model whose
+        weights make more noise than its signal errs the more the larger that is, even where its
+        output falls silent.
+        """
+        activations = sum(self.rounding.values()) + sum(self.clipping.values())
+        return activations - sum(self.scaling.values()) + sum(self.weights.values())
 
     def features(self) -> dict[str, float]:
         """Named numbers for a cost model, in decibels (10 log10 of signal over noise)."""
@@ -54,78 +80,169 @@ class NoisePrediction:
         return numbers
 
 
+@dataclass(frozen=True)
+class _Activations:
+    """What quantized activations contribute, by tensor with statistics."""
+
+    rounding: Mapping[str, float]
+    clipping: Mapping[str, float]
+    highest_output: float
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What quantized weights contribute, by weight, and how their sum saturates."""
+
+    noise: Mapping[str, float]
+    exponent: float
+
+
 class NoiseModel:
     """Predicts the noise of any configuration that a quantizer can build.
 
     Signal and clipping are measured on all calibration inputs, also for a configuration whose
     ranges come from fewer: what those ranges cut off is part of its noise.
 
+    What a tensor contributes depends on few of the knobs, and not on the layers that are kept in
+    float. It is computed once for each combination of those; a prediction only looks up what its
+    configuration quantizes. (The scales of weights that are widened for their bias depend on the
+    activations too; here they are those of activations that are not clipped.)
+
     Args:
         quantizer: What builds the configurations.
-        probe: The gains of `quantizer.model`, of every activation with statistics.
+        probe: What errors in `quantizer.model` do to its output.
     """
 
     def __init__(self, quantizer: Quantizer, probe: Probe) -> None:
         self._quantizer = quantizer
         self._probe = probe
+        self._signal = max(probe.output_power, np.finfo(np.float64).tiny)
         self._layers = {layer.weight: layer for layer in quantizer.model.layers}
-        self._sources = statistics_sources(quantizer.model.proto.graph)
-        self._activation_errors: dict[tuple[str, float, int, int], tuple[float, float]] = {}
-        self._weight_errors: dict[tuple[str, int, bytes, bool], float] = {}
+        output = quantizer.model.outputs[0].name
+        self._output = statistics_sources(quantizer.model.proto.graph).get(output, output)
+        self._activations: dict[QuantizationConfig, _Activations] = {}
+        self._weights: dict[QuantizationConfig, _Weights] = {}
+        self._quantized: dict[
+            tuple[tuple[str, ...], Fusion], tuple[tuple[str, ...], tuple[str, ...]]
+        ] = {}
+        self._probed_errors = self._errors_of_weights(PROBED)
 
     def predict(self, config: QuantizationConfig) -> NoisePrediction:
         """The expected noise of every tensor that `config` quantizes."""
-        quantizer, probe = self._quantizer, self._probe
-        plan = quantizer.plan(config)
-        signal = max(probe.output_power, np.finfo(np.float64).tiny)
-        rounding: dict[str, float] = {}
-        clipping: dict[str, float] = {}
-        for site in quantizer.placement(plan.float_layers).activations:
-            tensor = site.statistics
-            if tensor in rounding:  # a Relu and its input are rounded alike, once
-                continue
-            rounded, clipped = self._activation_error(tensor, plan.activations[site.tensor])
-            rounding[tensor] = rounded * probe.noise_gain[tensor] / signal
-            clipping[tensor] = clipped * probe.clipping_gain[tensor] / signal
-        weights: dict[str, float] = {}
-        for name, parameters in plan.constants.items():
-            if name in self._layers:
-                layer = self._layers[name]
-                output = self._sources.get(layer.output, layer.output)
-                gain = probe.noise_gain.get(output, 0.0)
-                shifted = layer.bias is None or not config.bias_correction
-                error = self._weight_error(layer, parameters, shifted=shifted)
-                weights[name] = error * gain / signal
-        return NoisePrediction(rounding, clipping, weights)
+        return self.predict_layers(config, self._quantizer.float_layers(config))
+
+    def predict_layers(
+        self, config: QuantizationConfig, float_layers: tuple[str, ...]
+    ) -> NoisePrediction:
+        """The expected noise of `config` with other layers kept in float than it says."""
+        tensors, names = self._quantized_tensors(float_layers, config.fusion)
+        activations = self._activation_noise(config)
+        weights = self._weight_noise(config)
+        clipping = {tensor: activations.clipping[tensor] for tensor in tensors}
+        shares = self._probe.clipping_scaling
+        scaling = {tensor: noise * shares[tensor] for tensor, noise in clipping.items()}
+        if self._output in scaling:
+            scaling[self._output] = clipping[self._output]
+        return NoisePrediction(
+            rounding={tensor: activations.rounding[tensor] for tensor in tensors},
+            clipping=clipping,
+            weights={name: weights.noise[name] for name in names},
+            scaling=scaling,
+            highest_output=activations.highest_output if self._output in clipping else np.inf,
+            weight_exponent=weights.exponent,
+        )
+
+    def _quantized_tensors(
+        self, float_layers: tuple[str, ...], fusion: Fusion
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Activations (each once: a Relu and its input are rounded alike) and weights."""
+        key = (float_layers, fusion)
+        if key not in self._quantized:
+            placement = self._quantizer.placement(float_layers, fusion)
+            self._quantized[key] = (
+                tuple(dict.fromkeys(site.statistics for site in placement.activations)),
+                tuple(s.tensor for s in placement.constants if s.tensor in self._layers),
+            )
+        return self._quantized[key]
+
+    def _activation_noise(self, config: QuantizationConfig) -> _Activations:
+        key = replace(
+            config,
+            granularity="channel",
+            weight_clipping="max",
+            bias_correction=False,
+            mixed_precision="none",
+            float_layers=0,
+            zero_dead_weights=False,
+        )
+        if key not in self._activations:
+            plan = self._quantizer.plan(key)
+            sites = self._quantizer.placement(plan.float_layers, key.fusion).activations
+            parameters = {site.statistics: plan.activations[site.tensor] for site in sites}
+            errors = {
+                tensor: self._activation_error(tensor, p) for tensor, p in parameters.items()
+            }
+            rounding, clipping = self._probe.rounding_gain, self._probe.clipping_gain
+            self._activations[key] = _Activations(
+                {t: error[0] * rounding[t] / self._signal for t, error in errors.items()},
+                {t: error[1] * clipping[t] / self._signal for t, error in errors.items()},
+                _ends(parameters[self._output])[1] if self._output in parameters else np.inf,
+            )
+        return self._activations[key]
 
     def _activation_error(
         self, tensor: str, parameters: QuantizationParameters
     ) -> tuple[float, float]:
-        scale, zero_point = float(parameters.scale), int(parameters.zero_point)
-        key = (tensor, scale, zero_point, parameters.bits)
-        if key not in self._activation_errors:
-            self._activation_errors[key] = quantization_error(
-                self._quantizer.statistics.histogram(tensor, "all"),
-                scale,
-                scale * (parameters.lowest - zero_point),
-                scale * (parameters.highest - zero_point),
-            )
-        return self._activation_errors[key]
+        histogram = self._quantizer.statistics.histogram(tensor, ALL_IMAGES)
+        return quantization_error(histogram, float(parameters.scale), *_ends(parameters))
 
-    def _weight_error(
-        self, layer: Layer, parameters: QuantizationParameters, *, shifted: bool
-    ) -> float:
-        scales = parameters.scale.tobytes() + parameters.zero_point.tobytes()
-        key = (layer.weight, parameters.bits, scales, shifted)
-        if key not in self._weight_errors:
-            self._weight_errors[key] = layer_error(
+    def _weight_noise(self, config: QuantizationConfig) -> _Weights:
+        key = replace(
+            config,
+            calibration_images="all",
+            clipping="max",
+            mixed_precision="none",
+            float_layers=0,
+            activation_bits=8,
+        )
+        if key not in self._weights:
+            probed, tiny = self._probed_errors, np.finfo(np.float64).tiny
+            measured = self._probe.weight_noise
+            noise = {
+                name: error * measured[name] / max(probed[name], tiny) / self._signal
+                for name, error in self._errors_of_weights(key).items()
+            }
+            self._weights[key] = _Weights(noise, self._exponent(key, sum(noise.values())))
+        return self._weights[key]
+
+    def _exponent(self, config: QuantizationConfig, total: float) -> float:
+        """What makes the plain sum `total` of all weights what was measured of them together."""
+        measured = self._probe.all_weights_noise.get(config.scheme, 0.0) / self._signal
+        if config.granularity != PROBED.granularity or measured == 0.0 or total <= 1.0:
+            return 1.0
+        return float(np.log(measured) / np.log(total))
+
+    def _errors_of_weights(self, config: QuantizationConfig) -> dict[str, float]:
+        """Mean squared error of the output of each layer that `config` quantizes, by weight."""
+        config = replace(config, equalization=self._quantizer.equalized)
+        constants = self._quantizer.plan(config).constants
+        return {
+            name: layer_error(
                 layer,
-                self._quantizer.weight_error(layer, parameters).astype(np.float64),
+                self._quantizer.weight_error(layer, constants[name]).astype(np.float64),
                 self._probe.channel_mean[layer.name],
                 self._probe.channel_power[layer.name],
-                shifted=shifted,
+                shifted=layer.bias is None or not config.bias_correction,
             )
-        return self._weight_errors[key]
+            for name, layer in self._layers.items()
+            if name in constants
+        }
+
+
+def _ends(parameters: QuantizationParameters) -> tuple[float, float]:
+    """The smallest and the largest representable value."""
+    scale, zero_point = float(parameters.scale), int(parameters.zero_point)
+    return scale * (parameters.lowest - zero_point), scale * (parameters.highest - zero_point)
 
 
 def quantization_error(
@@ -186,21 +303,6 @@ def layer_error(
         return float(np.mean(varying))
     shift = (grouped.sum(axis=3) * mean).sum(axis=2)
     return float(np.mean(varying + np.square(shift)))
-
-
-def expected_agreement(margins: NDArray[np.float64], noise_power: float) -> float:
-    """Share of inputs whose top-1 class is expected to survive noise at the output.
-
-    Independent Gaussian noise of the given power on every logit changes the difference of the two
-    largest ones by a Gaussian of twice that power; the class survives while the difference stays
-    positive.
-
-    Args:
-        margins: Largest minus second largest logit of the float model, shape (n,).
-        noise_power: Expected squared error of a logit.
-    """
-    deviation = np.sqrt(max(2.0 * noise_power, np.finfo(np.float64).tiny))
-    return float(np.mean(ndtr(margins / deviation)))
 
 
 def _by_group(layer: Layer, weight: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,9 +1,16 @@
-"""Where Q/DQ pairs stand: ONNX Runtime's decision, asked for once for each set of float layers.
+"""Where Q/DQ pairs stand: ONNX Runtime's decision, asked for once for each model.
 
 `quantize_static` is run once with placeholder ranges. What it decides (which tensors carry Q/DQ
 pairs, which of them share parameters, which constants are stored as integers) does not depend on
-the ranges, so every configuration with the same float layers fills its own numbers into the same
-graph. A run of `quantize_static` takes 1.5 s for MobileNetV2, filling a few hundredths.
+the ranges, so every configuration fills its own numbers into the same graph. A run of
+`quantize_static` takes 1.5 s for MobileNetV2, filling a few hundredths.
+
+Nodes that stay in float lose their pairs afterwards (`keep_float`), as with the option
+``nodes_to_exclude``, but for three things in which that loses accuracy or time: a float node reads
+what a float node before it wrote, not the rounded copy that an integer neighbour of it needs;
+nodes that only move values behind a float node are computed in float too, because ONNX Runtime's
+integer MaxPool without a quantized convolution around it is some 30 times slower; and the product
+of the last layer need not be rounded to 8 bits before it leaves the model.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +33,8 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import save_tensors_data
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.calibrate import TensorsData
+from onnxruntime.quantization.registry import QDQRegistry
+from onnxruntime.quantization.registry import QLinearOpsRegistry
 
 from optuna_quantune.quantization.lint import check_node_names
 from optuna_quantune.quantization.model import FloatModel
@@ -32,9 +42,15 @@ from optuna_quantune.quantization.model import FloatModel
 
 _SCALE_SUFFIX: Final = "_scale"
 # What ONNX Runtime quantizes with the parameters of the input (`QDQDirect8BitOp`, `QDQMaxPool`).
-_MOVING_OPS: Final = frozenset(
+MOVING_OPS: Final = frozenset(
     {"AveragePool", "Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
+# What ``quantize_static`` quantizes at all.
+_QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
+# Layers whose integer kernels can give float results (``QGemm``, ``MatMulIntegerToFloat``).
+FLOAT_RESULT_OPS: Final = ("Gemm", "MatMul")
+ACTIVATION_OPS: Final = ("Clip", "Relu")
+_PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -104,23 +120,20 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
 
     Args:
         model: The prepared float model.
-        float_nodes: Names of nodes that stay in float (``nodes_to_exclude``).
+        float_nodes: What stays in float (`keep_float`).
 
     Raises:
-        InputError: If no node has one of these names.
+        InputError: If no node or output has one of these names.
     """
-    check_node_names(model, float_nodes)
-    quantized = _run_quantize_static(model, float_nodes)
+    quantized = _run_quantize_static(model)
     graph = quantized.graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     sources = statistics_sources(model.proto.graph)
     activations: dict[str, ActivationSite] = {}
     constants: list[ConstantSite] = []
     dequantized_by: dict[str, onnx.NodeProto] = {}
-    readers: dict[str, list[onnx.NodeProto]] = {}
+    readers = _readers(graph)
     for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
         if node.op_type == "QuantizeLinear":
             scale, zero_point = node.input[1], node.input[2]
             tensor = scale.removesuffix(_SCALE_SUFFIX)
@@ -139,10 +152,183 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
     kept = [tensor for tensor in graph.initializer if tensor.name not in filled_in]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    return Placement(quantized, tuple(activations.values()), tuple(constants))
+    placement = Placement(quantized, tuple(activations.values()), tuple(constants))
+    return keep_float(placement, model, float_nodes)
 
 
-def _run_quantize_static(model: FloatModel, float_nodes: Sequence[str]) -> onnx.ModelProto:
+def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[str]) -> Placement:
+    """Takes Q/DQ pairs away so that some nodes are computed in float.
+
+    A pair stays where a node that computes with integers writes or reads the tensor.
+
+    Args:
+        placement: Where the pairs of `model` stand.
+        model: The prepared float model.
+        float_nodes: Names of nodes that stay in float, and of outputs of the model that are not
+            rounded to 8 bits (where a Gemm or MatMul writes them; elsewhere without effect).
+
+    Raises:
+        InputError: If no node or output has one of these names.
+    """
+    outputs = {output.name for output in model.outputs}
+    check_node_names(model, [name for name in float_nodes if name not in outputs])
+    template = onnx.ModelProto()
+    template.CopyFrom(placement.template)
+    graph = template.graph
+    pairs = _Pairs(graph, _with_moving_nodes(model.proto.graph, float_nodes), set(float_nodes))
+    # The dequantized bias has the name of the float one.
+    unused = {id(node) for name, node in pairs.constants.items() if pairs.all_readers_float(name)}
+    instead: dict[str, str] = {}
+    for dequantized, pair in pairs.nodes.items():
+        if not pairs.stay(dequantized):
+            unused.update(map(id, pair))
+            if dequantized in outputs:  # the node before it writes the output itself
+                instead[pair[0].input[0]] = dequantized
+    float_constants = {site.quantized: site.tensor for site in placement.constants}
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            if name in pairs.nodes and pairs.read_in_float(name, node):
+                source = pairs.nodes[name][0].input[0]
+                node.input[position] = instead.get(source, source)
+            elif name in pairs.constants and node.name in pairs.float_nodes:
+                node.input[position] = float_constants[pairs.constants[name].input[0]]
+        for position, name in enumerate(node.output):
+            node.output[position] = instead.get(name, name)
+    kept = [node for node in graph.node if id(node) not in unused]
+    return _without_unused(placement, template, kept, model)
+
+
+class _Pairs:
+    """The Q/DQ pairs of a graph by the tensor that they give, and which of them are needed.
+
+    Attributes:
+        nodes: QuantizeLinear and DequantizeLinear of each activation, by dequantized tensor.
+        constants: DequantizeLinear of each constant, by dequantized tensor.
+        float_nodes: Names of the nodes kept in float.
+    """
+
+    def __init__(
+        self, graph: onnx.GraphProto, float_nodes: Set[str], float_outputs: Set[str]
+    ) -> None:
+        self.float_nodes = float_nodes
+        self._writers = {name: node for node in graph.node for name in node.output}
+        self._readers = _readers(graph)
+        self._float_outputs = float_outputs
+        self._stay: dict[str, bool] = {}
+        self.nodes: dict[str, tuple[onnx.NodeProto, onnx.NodeProto]] = {}
+        self.constants: dict[str, onnx.NodeProto] = {}
+        for node in graph.node:
+            if node.op_type == "DequantizeLinear":
+                before = self._writers.get(node.input[0])
+                if before is None:
+                    self.constants[node.output[0]] = node
+                else:
+                    self.nodes[node.output[0]] = before, node
+
+    def stay(self, tensor: str) -> bool:
+        """Whether the pair that gives `tensor` is needed."""
+        if tensor not in self._stay:
+            self._stay[tensor] = self._is_needed(tensor)
+        return self._stay[tensor]
+
+    def _is_needed(self, tensor: str) -> bool:
+        writer = self._writers.get(self.nodes[tensor][0].input[0])
+        if writer is not None and self._computes_with_integers(writer):
+            return tensor not in self._float_outputs or writer.op_type not in FLOAT_RESULT_OPS
+        # A Relu or Clip is computed as what is before it.
+        return any(
+            reader.op_type not in ACTIVATION_OPS and self._computes_with_integers(reader)
+            for reader in self._readers.get(tensor, [])
+        )
+
+    def read_in_float(self, tensor: str, reader: onnx.NodeProto) -> bool:
+        """Whether `reader` takes what stands before the pair that gives `tensor`."""
+        if not self.stay(tensor):
+            return True
+        writer = self._writers.get(self.nodes[tensor][0].input[0])
+        rounded_by_need = writer is not None and self._computes_with_integers(writer)
+        return not rounded_by_need and not self._computes_with_integers(reader)
+
+    def all_readers_float(self, constant: str) -> bool:
+        """Whether only nodes kept in float read a dequantized constant."""
+        return all(node.name in self.float_nodes for node in self._readers[constant])
+
+    def _computes_with_integers(self, node: onnx.NodeProto) -> bool:
+        if node.name in self.float_nodes or node.op_type not in _QUANTIZED_OPS:
+            return False
+        activations = [name for name in node.input if name in self.nodes]
+        if node.op_type in ACTIVATION_OPS:
+            return any(self.stay(name) for name in activations)
+        return bool(activations)
+
+
+def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> set[str]:
+    """Float nodes, and the moving nodes that stand behind one or have no other readers."""
+    found = set(float_nodes)
+    writers = {name: node for node in graph.node for name in node.output}
+    readers = _readers(graph)
+
+    def in_float(node: onnx.NodeProto) -> bool:
+        return node.name in found or node.op_type not in _QUANTIZED_OPS
+
+    for node in graph.node:
+        if node.op_type in MOVING_OPS:
+            before = writers.get(node.input[0])
+            while before is not None and before.op_type in ACTIVATION_OPS:
+                before = writers.get(before.input[0])
+            if before is not None and in_float(before):
+                found.add(node.name)
+    for node in reversed(graph.node):
+        behind = readers.get(node.output[0], []) if node.op_type in MOVING_OPS else []
+        if behind and all(in_float(reader) for reader in behind):
+            found.add(node.name)
+    return found
+
+
+def _without_unused(
+    placement: Placement,
+    template: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    model: FloatModel,
+) -> Placement:
+    """A placement without the pairs that nothing reads; float constants are put back."""
+    graph = template.graph
+    used = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(nodes):
+        if used.intersection(node.output) or node.op_type not in _PAIR_OPS:
+            kept.append(node)
+            used.update(node.input)
+    copies = []
+    for node in reversed(kept):
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    del graph.node[:]
+    graph.node.extend(copies)
+    there = {tensor.name for tensor in graph.initializer}
+    there.update(name for node in copies for name in node.output)
+    graph.initializer.extend(
+        tensor
+        for tensor in model.proto.graph.initializer
+        if tensor.name in used and tensor.name not in there
+    )
+    return Placement(
+        template,
+        tuple(site for site in placement.activations if site.scale in used),
+        tuple(site for site in placement.constants if site.quantized in used),
+    )
+
+
+def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
     graph = model.proto.graph
     tensors = [name for node in graph.node for name in node.output if name]
     tensors += [spec.name for spec in model.inputs]
@@ -165,7 +351,6 @@ def _run_quantize_static(model: FloatModel, float_nodes: Sequence[str]) -> onnx.
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=list(float_nodes),
                 calibrate_method=CalibrationMethod.MinMax,
                 calibration_cache_path=str(cache),
                 extra_options={"QDQKeepRemovableActivations": True},
@@ -175,7 +360,9 @@ def _run_quantize_static(model: FloatModel, float_nodes: Sequence[str]) -> onnx.
         return onnx.load(output)
 
 
-def statistics_sources(graph: onnx.GraphProto) -> dict[str, str]:
+def statistics_sources(
+    graph: onnx.GraphProto, *, before_activations: bool = True
+) -> dict[str, str]:
     """Maps tensors whose range is that of another tensor to that tensor.
 
     - What a Relu or Clip without a sibling cuts off never matters, so the tensor before it takes
@@ -183,6 +370,11 @@ def statistics_sources(graph: onnx.GraphProto) -> dict[str, str]:
     - Nodes that only move or pool values keep their input's parameters where the input is
       quantized. Where it is not, because the layer before stays in float, their output gets
       parameters of its own; its values still lie in the input's range.
+
+    Args:
+        graph: The float model.
+        before_activations: Whether the first rule holds; without it the tensor before a Relu or
+            Clip has a range of its own.
     """
     outputs = {output.name for output in graph.output}
     readers: dict[str, int] = {}
@@ -190,12 +382,12 @@ def statistics_sources(graph: onnx.GraphProto) -> dict[str, str]:
         for name in node.input:
             readers[name] = readers.get(name, 0) + 1
     sources: dict[str, str] = {}
-    for node in reversed(graph.node):
+    for node in reversed(graph.node) if before_activations else ():
         tensor = node.input[0] if node.input else ""
         if node.op_type in ("Relu", "Clip") and readers[tensor] == 1 and tensor not in outputs:
             sources[tensor] = sources.get(node.output[0], node.output[0])
     for node in graph.node:
-        if node.op_type in _MOVING_OPS:
+        if node.op_type in MOVING_OPS:
             sources[node.output[0]] = sources.get(node.input[0], node.input[0])
     return sources
 
@@ -215,7 +407,7 @@ def _constant_site(
         return ConstantSite(
             "bias",
             # ONNX Runtime stores a second copy, under another name, of a bias used twice.
-            next(item.bias or tensor for item in model.layers if item.name == layer.name),
+            next((i.bias for i in model.layers if i.name == layer.name and i.bias), tensor),
             quantized,
             scale,
             zero_point,

@@ -6,14 +6,15 @@ computed here from the stored statistics, without another pass over the data.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 from typing import Final
 from typing import Literal
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -24,22 +25,61 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.clipping import choose_range
+from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
+from optuna_quantune.quantization.digest import canonical_digest
+from optuna_quantune.quantization.fusion import fuse
+from optuna_quantune.quantization.fusion import separate
+from optuna_quantune.quantization.kernels import adapt
+from optuna_quantune.quantization.lint import live_weights
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.placement import ConstantSite
+from optuna_quantune.quantization.placement import keep_float
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.placement import Placement
 from optuna_quantune.quantization.scheme import choose_parameters
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.scheme import widen_for_bias
+from optuna_quantune.quantization.weight_clipping import least_error_range
 
 
-ActivationStorage = Literal["uint8", "int8"]
+# Lower and upper ends, of shape () or (channels,).
+Range: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
+
+@dataclass(frozen=True)
+class Representation:
+    """How a device wants quantized tensors written.
+
+    Attributes:
+        activations: 8-bit activations as ``uint8`` (int8 arithmetic with integers and zero points
+            shifted by 128, the fast kernels of x86-64) or as ``int8``.
+        weight_bits: Width of the weights' integers, which are stored as int8: 7 is ONNX Runtime's
+            ``reduce_range``, for x86-64 processors whose pairs of products saturate in int16.
+        narrow_weights: Whether weights keep to -127 to 127 (-63 to 63), without the integer below.
+        symmetric_weights: Whether weights have the zero point 0 with every scheme.
+        per_channel: Operators whose weights may have one scale for each channel.
+        float_bias: Whether biases stay float32 instead of int32.
+        for_kernels: Whether models are written for the kernels of ONNX Runtime's processor
+            provider (`kernels.py`).
+    """
+
+    activations: Literal["uint8", "int8"] = "uint8"
+    weight_bits: int = 8
+    narrow_weights: bool = False
+    symmetric_weights: bool = False
+    per_channel: tuple[str, ...] = WEIGHTED_OPS
+    float_bias: bool = False
+    for_kernels: bool = False
+
+
+DEFAULT_REPRESENTATION: Final = Representation()
 CONFIG_KEY: Final = "optuna_quantune.config"
+# The first in which QuantizeLinear knows 16-bit integers.
+_OPSET_OF_16_BITS: Final = 21
 
 
 @dataclass(frozen=True)
@@ -64,7 +104,7 @@ class QuantizedModel:
     Attributes:
         proto: The Q/DQ model; its metadata holds the configuration under `CONFIG_KEY`.
         config: What it was built from.
-        digest: SHA-256 of nodes and initializers: equal for configurations that build the same
+        digest: `canonical_digest` of the model: equal for configurations that build the same
             model, whatever their knobs.
     """
 
@@ -81,12 +121,16 @@ class Quantizer:
     Args:
         model: The prepared float model.
         statistics: Statistics of at least `required_activations` of the model.
-        activation_storage: How 8-bit activations are written: ``uint8`` (int8 arithmetic with
-            integers and zero points shifted by 128, the fast kernels of x86-64) or ``int8``.
+        representation: How the device wants quantized tensors written.
         bias_correction: What configurations with the knob ``bias_correction`` take their biases
             from.
         equalized: Whether `model` is what `equalization.equalize` gave: the only value of the knob
             ``equalization`` that this quantizer can build.
+        placement: `place(model)`, if it is at hand; otherwise asked for when it is needed.
+
+    Attributes:
+        float_order: What the knob ``float_layers`` counts (`sensitivity.float_order`). It rests on
+            the noise of what a quantizer builds, and is therefore set later.
     """
 
     def __init__(
@@ -94,17 +138,22 @@ class Quantizer:
         model: FloatModel,
         statistics: CalibrationStatistics,
         *,
-        activation_storage: ActivationStorage = "uint8",
+        representation: Representation = DEFAULT_REPRESENTATION,
         bias_correction: BiasCorrection | None = None,
         equalized: bool = False,
+        placement: Placement | None = None,
     ) -> None:
         self.model = model
         self.statistics = statistics
-        self.activation_storage = activation_storage
+        self.representation = representation
         self.equalized = equalized
+        self.float_order: Sequence[tuple[str, ...]] | None = None
         self._bias_correction = bias_correction
-        self._placements: dict[tuple[str, ...], Placement] = {}
-        self._ranges: dict[tuple[str, int, str, bool], tuple[float, float]] = {}
+        self._placements: dict[tuple[tuple[str, ...], Fusion], Placement] = {}
+        if placement is not None:
+            self._placements[(), "runtime"] = placement
+        self._ranges: dict[tuple[str, int, str, str], tuple[float, float]] = {}
+        self._weight_ranges: dict[tuple[str, int | None, Scheme], Range] = {}
 
     def plan(self, config: QuantizationConfig) -> QuantizationPlan:
         """Chooses scales and zero points of a configuration; the model is not built.
@@ -119,9 +168,9 @@ class Quantizer:
                 f"{'an' if self.equalized else 'not an'} equalized one"
             )
         float_layers = self.float_layers(config)
-        placement = self.placement(float_layers)
+        placement = self.placement(float_layers, config.fusion)
         activations = {
-            site.tensor: choose_parameters(*self._range(site.statistics, config), config.scheme)
+            site.tensor: self.activation_parameters(site.statistics, config)
             for site in placement.activations
         }
         by_scale = {site.scale: activations[site.tensor] for site in placement.activations}
@@ -130,7 +179,7 @@ class Quantizer:
             if site.kind != "bias":
                 constants[site.tensor] = self._constant_parameters(site, config)
         for site in placement.constants:
-            if site.kind == "bias":
+            if site.kind == "bias" and not self.representation.float_bias:
                 assert site.weight is not None
                 assert site.input_scale is not None
                 constants[site.weight] = widen_for_bias(
@@ -151,7 +200,7 @@ class Quantizer:
                 quantizer was given none.
         """
         plan = self.plan(config)
-        placement = self.placement(plan.float_layers)
+        placement = self.placement(plan.float_layers, config.fusion)
         proto = onnx.ModelProto()
         proto.CopyFrom(placement.template)
         by_scale: dict[str, QuantizationParameters] = {}
@@ -161,7 +210,9 @@ class Quantizer:
             proto.graph.initializer.extend(
                 [
                     numpy_helper.from_array(parameters.scale, activation.scale),
-                    self._stored_activation(parameters.zero_point, activation.zero_point),
+                    self._stored_activation(
+                        parameters.zero_point, parameters.bits, activation.zero_point
+                    ),
                 ]
             )
         corrected: Mapping[str, NDArray[np.float32]] = {}
@@ -170,29 +221,59 @@ class Quantizer:
         for site in placement.constants:
             if site.kind == "bias":
                 bias = corrected.get(site.quantized, self._constants[site.tensor])
-                proto.graph.initializer.extend(self._bias(site, bias, plan, by_scale))
+                if self.representation.float_bias:
+                    _restore_float(proto.graph, site.quantized, bias)
+                else:
+                    proto.graph.initializer.extend(self._bias(site, bias, plan, by_scale))
             else:
-                proto.graph.initializer.extend(self._constant(site, plan.constants[site.tensor]))
+                parameters = plan.constants[site.tensor]
+                values = self._values(site, config)
+                proto.graph.initializer.extend(self._constant(site, values, parameters))
         _match_axes(proto.graph, placement, plan)
-        _remove_implied_activations(proto.graph, by_scale)
-        digest = _digest(proto)
+        if config.fusion != "off":
+            _remove_implied_activations(proto.graph, by_scale)
+        if self.representation.for_kernels:
+            adapt(proto, self._shapes)
+        if config.activation_bits == 16:
+            _raise_opset(proto, _OPSET_OF_16_BITS)
+        digest = canonical_digest(proto)
         proto.producer_name = "optuna-quantune"
         entry = proto.metadata_props.add()
         entry.key, entry.value = CONFIG_KEY, config.to_json()
         return QuantizedModel(proto, config, digest)
 
     def float_layers(self, config: QuantizationConfig) -> tuple[str, ...]:
-        """Names of the layers that a configuration keeps in float."""
-        if config.mixed_precision == "none":
-            return ()
-        layers = self.model.layers
-        return tuple(dict.fromkeys((layers[0].name, layers[-1].name)))
+        """Names of the layers, and of other nodes, that a configuration keeps in float.
 
-    def placement(self, float_layers: tuple[str, ...]) -> Placement:
+        Raises:
+            InputError: If it wants some of `float_order`, and there is none.
+        """
+        if config.float_layers and self.float_order is None:
+            raise InputError(
+                "knob 'float_layers': this quantizer knows no order of layers; set float_order"
+            )
+        names: list[str] = []
+        if config.mixed_precision == "first_last":
+            names += [self.model.layers[0].name, self.model.layers[-1].name]
+        for step in (self.float_order or ())[: config.float_layers]:
+            names += step
+        return tuple(dict.fromkeys(names))
+
+    def placement(self, float_layers: tuple[str, ...], fusion: Fusion = "runtime") -> Placement:
         """Where Q/DQ pairs stand when `float_layers` are kept in float."""
-        if float_layers not in self._placements:
-            self._placements[float_layers] = place(self.model, float_nodes=float_layers)
-        return self._placements[float_layers]
+        if (float_layers, fusion) not in self._placements:
+            if fusion == "runtime":
+                placement = (
+                    keep_float(self.placement(()), self.model, float_layers)
+                    if float_layers
+                    else place(self.model)
+                )
+            elif fusion == "on":
+                placement = fuse(self.placement(float_layers))
+            else:
+                placement = separate(self.placement(float_layers), self.model.proto.graph)
+            self._placements[float_layers, fusion] = placement
+        return self._placements[float_layers, fusion]
 
     def weight_error(
         self, layer: Layer, parameters: QuantizationParameters
@@ -231,41 +312,72 @@ class Quantizer:
         clipping = QuantizationConfig(scheme="symmetric_uint8", clipping="kl")
         return {name: self._range(name, clipping) for name in self.statistics.segments}
 
+    def activation_parameters(
+        self, tensor: str, config: QuantizationConfig
+    ) -> QuantizationParameters:
+        """Scale and zero point of an activation with statistics, whether it has a pair or not."""
+        low, high = self._range(tensor, config)
+        return choose_parameters(low, high, config.scheme, bits=config.activation_bits)
+
     def _range(self, tensor: str, config: QuantizationConfig) -> tuple[float, float]:
         size = self.statistics.resolve(config.calibration_images)
-        histogram = self.statistics.histogram(tensor, size)
-        symmetric = config.scheme in ("symmetric", "symmetric_power2") or (
-            config.scheme == "symmetric_uint8" and histogram.minimum < 0
-        )
-        key = (tensor, size, config.clipping, symmetric)
+        key = (tensor, size, config.clipping, config.scheme)
         if key not in self._ranges:
-            self._ranges[key] = choose_range(histogram, config.clipping, symmetric=symmetric)
+            histogram = self.statistics.histogram(tensor, size)
+            self._ranges[key] = choose_range(histogram, config.clipping, config.scheme)
         return self._ranges[key]
 
     def _constant_parameters(
         self, site: ConstantSite, config: QuantizationConfig
     ) -> QuantizationParameters:
-        values = self._constants[site.tensor]
-        if site.axis is None or config.granularity == "tensor":
-            return choose_parameters(values.min(), values.max(), config.scheme)
+        scheme, axis = config.scheme, self._channel_axis(site, config)
+        symmetric = site.kind == "weight" and self.representation.symmetric_weights
         # ONNX Runtime's integer kernels want one zero point for all channels, so per-channel
         # weights are symmetric with every scheme.
-        power2 = config.scheme == "symmetric_power2"
-        scheme: Scheme = "symmetric_power2" if power2 else "symmetric"
-        others = tuple(axis for axis in range(values.ndim) if axis != site.axis)
-        return choose_parameters(values.min(axis=others), values.max(axis=others), scheme)
+        if symmetric or axis is not None:
+            scheme = "symmetric_power2" if scheme == "symmetric_power2" else "symmetric"
+        if site.kind == "other":
+            low, high = _extremes(self._constants[site.tensor], axis)
+            return choose_parameters(low, high, scheme, bits=config.activation_bits)
+        if config.weight_clipping == "mse":
+            low, high = self._least_error_range(site.tensor, axis, scheme)
+        else:
+            low, high = _extremes(self._values(site, config), axis)
+        return choose_parameters(low, high, scheme, **self._weight_integers)
+
+    def _values(self, site: ConstantSite, config: QuantizationConfig) -> NDArray[Any]:
+        """The float values that a constant's integers stand for."""
+        if config.zero_dead_weights and site.tensor in self._live_weights:
+            return self._live_weights[site.tensor]
+        return self._constants[site.tensor]
+
+    def _channel_axis(self, site: ConstantSite, config: QuantizationConfig) -> int | None:
+        """The axis along which a constant has one scale for each channel, if it has."""
+        if config.granularity == "tensor":
+            return None
+        if site.kind == "weight" and site.tensor not in self._per_channel:
+            return None
+        return site.axis
+
+    def _least_error_range(self, weight: str, axis: int | None, scheme: Scheme) -> Range:
+        key = (weight, axis, scheme)
+        if key not in self._weight_ranges:
+            self._weight_ranges[key] = least_error_range(
+                self._live_weights[weight], scheme, axis=axis, **self._weight_integers
+            )
+        return self._weight_ranges[key]
 
     def _constant(
-        self, site: ConstantSite, parameters: QuantizationParameters
+        self, site: ConstantSite, values: NDArray[Any], parameters: QuantizationParameters
     ) -> list[onnx.TensorProto]:
         axis = site.axis if parameters.scale.ndim else None
-        integers = parameters.quantize(self._constants[site.tensor], axis)
+        integers = parameters.quantize(values, axis)
         scale = numpy_helper.from_array(parameters.scale, site.scale)
         if site.kind == "other":  # an operand of an elementwise node is stored as activations are
             return [
-                self._stored_activation(integers, site.quantized),
+                self._stored_activation(integers, parameters.bits, site.quantized),
                 scale,
-                self._stored_activation(parameters.zero_point, site.zero_point),
+                self._stored_activation(parameters.zero_point, parameters.bits, site.zero_point),
             ]
         return [
             numpy_helper.from_array(integers.astype(np.int8), site.quantized),
@@ -293,19 +405,60 @@ class Quantizer:
             numpy_helper.from_array(np.zeros(scale.shape, dtype=np.int32), site.zero_point),
         ]
 
-    def _stored_activation(self, integers: NDArray[np.int32], name: str) -> onnx.TensorProto:
-        if self.activation_storage == "uint8":
-            return numpy_helper.from_array((integers + 128).astype(np.uint8), name)
-        return numpy_helper.from_array(integers.astype(np.int8), name)
+    def _stored_activation(
+        self, integers: NDArray[np.int32], bits: int, name: str
+    ) -> onnx.TensorProto:
+        unsigned = self.representation.activations == "uint8"
+        shift = 1 << (bits - 1) if unsigned else 0
+        dtype = np.dtype(f"{'uint' if unsigned else 'int'}{bits}")
+        return numpy_helper.from_array((integers + shift).astype(dtype), name)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of float tensors for one input, as far as they are known."""
+        graph = self.model.proto.graph
+        shapes = {
+            value.name: (1, *(d.dim_value for d in value.type.tensor_type.shape.dim[1:]))
+            for value in (*graph.input, *graph.value_info)
+        }
+        return {name: shape for name, shape in shapes.items() if 0 not in shape}
+
+    @property
+    def _weight_integers(self) -> dict[str, Any]:
+        """Which integers weights may be."""
+        representation = self.representation
+        return {"bits": representation.weight_bits, "narrow": representation.narrow_weights}
+
+    @cached_property
+    def _live_weights(self) -> dict[str, NDArray[np.float32]]:
+        """Weights by initializer, with 0 for those that are multiplied with nothing but zeros."""
+        by_layer = live_weights(self.model)
+        live: dict[str, NDArray[np.float32]] = {}
+        for layer in self.model.layers:
+            weight = by_layer[layer.name]
+            other = live.get(layer.weight, weight)  # of another layer with the same weight
+            live[layer.weight] = np.where(other != 0.0, other, weight)
+        return live
+
+    @cached_property
+    def _per_channel(self) -> frozenset[str]:
+        """Weights that may have one scale for each channel."""
+        operators = self.representation.per_channel
+        return frozenset(x.weight for x in self.model.layers if x.op_type in operators)
 
     @cached_property
     def _constants(self) -> dict[str, NDArray[Any]]:
         return {i.name: numpy_helper.to_array(i) for i in self.model.proto.graph.initializer}
 
 
-def required_activations(placement: Placement) -> list[str]:
-    """Names of the activations whose statistics a placement needs, sorted."""
-    return sorted({site.statistics for site in placement.activations})
+def _extremes(values: NDArray[Any], axis: int | None) -> Range:
+    others = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
+    return values.min(axis=others), values.max(axis=others)
+
+
+def required_activations(*placements: Placement) -> list[str]:
+    """Names of the activations whose statistics placements need, sorted."""
+    return sorted({site.statistics for item in placements for site in item.activations})
 
 
 def _layers_of_biases(graph: onnx.GraphProto) -> dict[str, str]:
@@ -316,6 +469,21 @@ def _layers_of_biases(graph: onnx.GraphProto) -> dict[str, str]:
         for node in graph.node
         if node.op_type in WEIGHTED_OPS and len(node.input) > 2 and node.input[2] in integers
     }
+
+
+def _restore_float(graph: onnx.GraphProto, quantized: str, values: NDArray[np.float32]) -> None:
+    """Puts a float initializer in the place of an integer one and its DequantizeLinear node."""
+    node = next(node for node in graph.node if node.input and node.input[0] == quantized)
+    graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+    graph.node.remove(node)
+
+
+def _raise_opset(proto: onnx.ModelProto, version: int) -> None:
+    """Declares a later opset; the nodes of these models mean the same in it."""
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            opset.version = max(opset.version, version)
+    proto.ir_version = max(proto.ir_version, 10)  # of opset 21
 
 
 def _match_axes(graph: onnx.GraphProto, placement: Placement, plan: QuantizationPlan) -> None:
@@ -406,11 +574,3 @@ def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     return copy
-
-
-def _digest(proto: onnx.ModelProto) -> str:
-    """Canonical hash: nodes in graph order, initializers by name; documentation is left out."""
-    digest = hashlib.sha256()
-    for item in (*proto.graph.node, *sorted(proto.graph.initializer, key=lambda i: i.name)):
-        digest.update(item.SerializeToString(deterministic=True))
-    return digest.hexdigest()

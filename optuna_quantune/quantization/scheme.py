@@ -7,6 +7,7 @@ target, not of the scheme.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,16 +25,18 @@ class QuantizationParameters:
         scale: float32, shape () or (channels,), always positive.
         zero_point: int32 of the same shape, within the signed range of `bits`.
         bits: Width of the integers.
+        narrow: Whether the lowest integer is left out, so that they are symmetric about 0.
     """
 
     scale: NDArray[np.float32]
     zero_point: NDArray[np.int32]
     bits: int = 8
+    narrow: bool = False
 
     @property
     def lowest(self) -> int:
         """The smallest integer."""
-        return -(1 << (self.bits - 1))
+        return int(self.narrow) - (1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
@@ -70,7 +73,12 @@ class QuantizationParameters:
 
 
 def choose_parameters(
-    minimum: ArrayLike, maximum: ArrayLike, scheme: Scheme, *, bits: int = 8
+    minimum: ArrayLike,
+    maximum: ArrayLike,
+    scheme: Scheme,
+    *,
+    bits: int = 8,
+    narrow: bool = False,
 ) -> QuantizationParameters:
     """Scale and zero point for a range (Glow, ``quantization::chooseQuantizationParams``).
 
@@ -87,10 +95,11 @@ def choose_parameters(
         maximum: Upper end, of the same shape.
         scheme: One of the four schemes.
         bits: Width of the integers.
+        narrow: Whether the lowest integer is left out (-127 to 127).
     """
     low = np.minimum(np.asarray(minimum, dtype=np.float64), 0.0)
     high = np.maximum(np.asarray(maximum, dtype=np.float64), 0.0)
-    lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    lowest, highest = int(narrow) - (1 << (bits - 1)), (1 << (bits - 1)) - 1
     if scheme == "asymmetric":
         scale = _usable((high - low) / (highest - lowest))
         zero_point = np.clip(np.rint(lowest - low / scale), lowest, highest)
@@ -103,7 +112,9 @@ def choose_parameters(
             unsigned = low >= 0.0
             scale = np.where(unsigned, _usable(high / (highest - lowest)), scale)
             zero_point = np.where(unsigned, float(lowest), zero_point)
-    return QuantizationParameters(scale.astype(np.float32), zero_point.astype(np.int32), bits)
+    return QuantizationParameters(
+        scale.astype(np.float32), zero_point.astype(np.int32), bits, narrow
+    )
 
 
 def widen_for_bias(
@@ -134,7 +145,7 @@ def widen_for_bias(
     scale = np.maximum(weight.scale.astype(np.float64), needed)
     if scheme == "symmetric_power2":
         scale = _power_of_two(scale)
-    return QuantizationParameters(scale.astype(np.float32), weight.zero_point, weight.bits)
+    return dataclasses.replace(weight, scale=scale.astype(np.float32))
 
 
 def _usable(scale: NDArray[np.float64]) -> NDArray[np.float64]:

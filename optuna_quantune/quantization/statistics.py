@@ -6,6 +6,9 @@ of float32 on both sides of zero, gives every bin a width of 2^-7 (0.8 %) of its
 histograms of different inputs be added without ever being rebinned. The step of an 8-bit scale is
 0.4 % of the range, so a threshold is known to about two steps; within a bin values are taken as
 evenly spread.
+
+Counting all values would take as long as computing them. Of a large activation the body is counted
+by an even sample, and the tails, which decide where a range is clipped, value by value (`Tail`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ _INFINITY: Final = 0x7F80
 _NEGLIGIBLE_OCTAVES: Final = 20
 # Counted in pieces whose bin numbers stay in the processor's cache.
 _PIECE: Final = 1 << 18
+# Values that are collected before they are counted: adding up all bins costs as much as counting
+# about this many values.
+_PENDING: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,111 @@ def count_into(dense: NDArray[np.int64], values: NDArray[np.float32], *, weight:
         values: C-contiguous, of any shape.
         weight: How many values each of them stands for.
     """
-    halves = values.reshape(-1).view(np.uint16).reshape(-1, 2)
-    upper = halves[:, 1 if np.little_endian else 0]
-    for start in range(0, upper.size, _PIECE):
-        counts = np.bincount(upper[start : start + _PIECE], minlength=BINS)
+    bins = _bins(values)
+    for start in range(0, bins.size, _PIECE):
+        counts = np.bincount(bins[start : start + _PIECE], minlength=BINS)
         dense += counts if weight == 1 else weight * counts
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The values of an activation that lie furthest from zero on one side, all of them.
+
+    Attributes:
+        values: float32, C-contiguous, of any shape; may hold other values too.
+        bound: Every value of the activation beyond it is among `values`.
+        weight: How many values each of them stands for.
+    """
+
+    values: NDArray[np.float32]
+    bound: float
+    weight: int = 1
+
+
+class Accumulator:
+    """Counts the values of one activation, in constant memory.
+
+    Args:
+        counts: Where to go on from.
+    """
+
+    def __init__(self, counts: Counts | None = None) -> None:
+        self._dense = np.zeros(BINS, dtype=np.int64)
+        self._pending: dict[int, list[NDArray[np.float32]]] = {}
+        self._minimum, self._maximum = float("inf"), -float("inf")
+        if counts is not None:
+            self._dense[counts.bins] = counts.counts
+            self._minimum, self._maximum = counts.minimum, counts.maximum
+
+    def extend(self, minimum: float, maximum: float) -> None:
+        """Widens the exact extremes; what is not a number stays."""
+        self._minimum = float(np.minimum(self._minimum, minimum))
+        self._maximum = float(np.maximum(self._maximum, maximum))
+
+    def add(
+        self,
+        values: NDArray[np.float32],
+        *,
+        weight: int = 1,
+        upper: Tail | None = None,
+        lower: Tail | None = None,
+    ) -> None:
+        """Counts values, or a sample of them together with the tails.
+
+        Args:
+            values: C-contiguous, of any shape.
+            weight: How many values each of them stands for.
+            upper: The largest values; what the sample holds of them is not counted again.
+            lower: The smallest values, likewise.
+        """
+        values = values.reshape(-1)
+        for tail, sign in ((upper, 0), (lower, _SIGN)):
+            if tail is not None:
+                magnitude = max(-tail.bound if sign else tail.bound, 0.0)
+                bound = int(_bins(np.array([magnitude], dtype=np.float32))[0]) | sign
+                values = values[~_beyond(values, bound)]
+                furthest = tail.values.reshape(-1)
+                self._append(furthest[_beyond(furthest, bound)], tail.weight)
+        self._append(values, weight)
+
+    def counts(self) -> Counts:
+        """Everything counted so far; empty bins are left out."""
+        for weight in self._pending:
+            self._count(weight)
+        return from_dense(self._dense, self._minimum, self._maximum)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no infinity and nothing that is not a number was met so far."""
+        return bool(
+            np.isfinite(self._minimum)
+            and np.isfinite(self._maximum)
+            and not self._dense[_INFINITY:_SIGN].any()
+            and not self._dense[_SIGN + _INFINITY :].any()
+        )
+
+    def _append(self, values: NDArray[np.float32], weight: int) -> None:
+        pending = self._pending.setdefault(weight, [])
+        pending.append(values)
+        if sum(part.size for part in pending) >= _PENDING:
+            self._count(weight)
+
+    def _count(self, weight: int) -> None:
+        pending = self._pending[weight]
+        if pending:
+            count_into(self._dense, np.concatenate(pending), weight=weight)
+            pending.clear()
+
+
+def _bins(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bin number of each value; a view."""
+    halves = values.reshape(-1).view(np.uint16).reshape(-1, 2)
+    return halves[:, 1 if np.little_endian else 0]
+
+
+def _beyond(values: NDArray[np.float32], bound: int) -> NDArray[np.bool_]:
+    """Which finite values fall into a bin beyond `bound`, on the same side of zero."""
+    # Unsigned differences wrap around, so that one comparison tests both ends.
+    count = max((bound & _SIGN) + _INFINITY - (bound + 1), 0)
+    result: NDArray[np.bool_] = _bins(values) - np.uint16(bound + 1) < np.uint16(count)
+    return result

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from rich.table import Table
 
-from optuna_quantune.evaluation.metrics import Measurement
+from optuna_quantune.evaluation.chosen_metric import ChosenMetric
+from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.lint import channel_spread
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.selection import metric_value
 from optuna_quantune.tuning import Comparison
 from optuna_quantune.tuning import TuningResult
 
@@ -22,39 +27,74 @@ from optuna_quantune.tuning import TuningResult
 def trial_line(trial: FrozenTrial) -> str:
     """One finished trial as one line."""
     knobs = " ".join(str(value) for value in trial.params.values())
-    if trial.state != TrialState.COMPLETE or trial.value is None:
+    if trial.state != TrialState.COMPLETE:
         reason = str(trial.user_attrs.get("error", "")).split("\n")[0]
         return f"trial {trial.number:>3}  {trial.state.name.lower():<9} {knobs}  {reason}"
     twin = trial.user_attrs.get("duplicate_of")
     note = "" if twin is None else f"  (the same model as trial {twin})"
-    return f"trial {trial.number:>3}  {trial.value:.4f}    {knobs}{note}"
+    values = "  ".join(_short(value) for value in trial.values)
+    return f"trial {trial.number:>3}  {values:<9} {knobs}{note}"
 
 
-def trials_table(trials: Iterable[FrozenTrial], metric: str) -> Table:
+def trials_table(trials: Iterable[FrozenTrial], metric: ChosenMetric) -> Table:
     """All completed trials, best first."""
-    table = Table(title="Trials, best first", title_justify="left")
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    complete.sort(key=lambda t: (-(t.value or 0.0), t.user_attrs.get("latency_ratio", np.inf)))
-    numbers = ("trial", metric, "agreement", "SQNR dB", "latency", "MB", "s")
+    complete.sort(
+        key=lambda t: (-metric.sign * metric_value(t), t.user_attrs.get("latency_ratio", np.inf))
+    )
+    return _table_of_trials("Trials, best first", complete, metric.name)
+
+
+def pareto_table(result: TuningResult) -> Table:
+    """The trials that no other beats in all objectives, fastest first."""
+    trials = sorted(result.pareto, key=lambda trial: trial.user_attrs["latency_ratio"])
+    objectives = ", ".join(result.study.metric_names or ())
+    return _table_of_trials(f"Pareto front of {objectives}", trials, result.metric.name)
+
+
+def _table_of_trials(title: str, trials: Sequence[FrozenTrial], metric: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    numbers = ["trial", metric, "agreement", "SQNR dB", "latency [95 %]", "MB", "s"]
+    if metric == "agreement" or all(t.user_attrs.get("agreement") is None for t in trials):
+        numbers.remove("agreement")
     for name in numbers:
-        table.add_column(name, justify="right")
-    knobs = list(dict.fromkeys(name for trial in complete for name in trial.params))
+        table.add_column(name, justify="right", no_wrap=True)
+    knobs = list(dict.fromkeys(name for trial in trials for name in trial.params))
     for name in knobs:
         table.add_column(name.replace("_", " "))
-    for trial in complete:
+    for trial in trials:
         attributes = trial.user_attrs
         duration = trial.duration.total_seconds() if trial.duration else float("nan")
+        cells = {
+            "trial": str(trial.number),
+            metric: _short(metric_value(trial)),
+            "agreement": _optional(attributes.get("agreement"), ".4f"),
+            "SQNR dB": _optional(attributes.get("sqnr_db"), ".1f"),
+            "latency [95 %]": _latency(attributes),
+            "MB": f"{attributes['size_bytes'] / 1e6:.2f}",
+            "s": f"{duration:.1f}",
+        }
         table.add_row(
-            str(trial.number),
-            f"{trial.value:.4f}",
-            f"{attributes['agreement']:.4f}",
-            f"{attributes['sqnr_db']:.1f}",
-            f"{attributes['latency_ratio']:.2f}x",
-            f"{attributes['size_bytes'] / 1e6:.2f}",
-            f"{duration:.1f}",
+            *(cells[name] for name in numbers),
             *(str(trial.params.get(name, "")) for name in knobs),
         )
     return table
+
+
+def _latency(attributes: Mapping[str, Any]) -> str:
+    ratio = f"{attributes['latency_ratio']:.2f}x"
+    if "latency_low" not in attributes:
+        return ratio
+    return f"{ratio} [{attributes['latency_low']:.2f}, {attributes['latency_high']:.2f}]"
+
+
+def _optional(number: float | None, style: str) -> str:
+    return "" if number is None else f"{number:{style}}"
+
+
+def _short(number: float) -> str:
+    """Accuracies and ratios with four decimals, bytes without."""
+    return f"{number:.4f}" if abs(number) < 1000 else f"{number:,.0f}"
 
 
 def result_table(result: TuningResult) -> Table:
@@ -64,10 +104,12 @@ def result_table(result: TuningResult) -> Table:
     table.add_column("float", justify="right")
     table.add_column("int8", justify="right")
     table.add_column("difference", justify="right")
-    _add_comparison(table, f"all {result.all_inputs.inputs} inputs", result.all_inputs)
+    everything = result.all_inputs
+    name = f"all {everything.inputs} inputs" if everything.inputs else "inputs of your own"
+    _add_comparison(table, name, everything, result.metric)
     if result.held_out is not None:
         name = f"{result.held_out.inputs} inputs held out of the search"
-        _add_comparison(table, name, result.held_out)
+        _add_comparison(table, name, result.held_out, result.metric)
     table.add_row(
         "size",
         f"{result.float_bytes / 1e6:.2f} MB",
@@ -84,27 +126,60 @@ def result_table(result: TuningResult) -> Table:
     return table
 
 
-def _add_comparison(table: Table, name: str, comparison: Comparison) -> None:
+def _add_comparison(table: Table, name: str, comparison: Comparison, metric: ChosenMetric) -> None:
     table.add_section()
     table.add_row(f"[bold]{name}")
     before, after = comparison.float_model, comparison.quantized
-    for label, field in (("top-1", "top1"), ("top-5", "top5")):
-        first, second = _number(before, field), _number(after, field)
+    for field, label, first, second in (
+        ("top1", "top-1", before.top1, after.top1),
+        ("top5", "top-5", before.top5, after.top5),
+    ):
         if first is None or second is None:
             continue
         change = f"{100 * (second - first):+.2f} points"
-        if field == "top1" and comparison.difference is not None:
-            interval = comparison.difference
-            change += f" [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
+        if field == metric.name and comparison.difference is not None:
+            change += f" {_points(comparison.difference)}"
         table.add_row(f"  {label}", f"{first:.4f}", f"{second:.4f}", change)
-    table.add_row("  agreement with float", "", f"{after.agreement:.4f}", "")
-    table.add_row("  output SQNR", "", f"{after.sqnr_db:.1f} dB", "")
+    if before.own is not None and after.own is not None:
+        change = f"{after.own - before.own:+.4g}"
+        if comparison.difference is not None:
+            interval = comparison.difference
+            change += f" [{interval.low:+.4g}, {interval.high:+.4g}]"
+        table.add_row(f"  {metric.name}", f"{before.own:.4g}", f"{after.own:.4g}", change)
+    if after.agreement is not None:
+        change = ""
+        if metric.name == "agreement" and comparison.difference is not None:
+            change = f"{100 * (after.agreement - 1):+.2f} points "
+            change += _points(comparison.difference)
+        table.add_row("  agreement with float", "", f"{after.agreement:.4f}", change)
+    if after.sqnr_db is not None:
+        table.add_row("  output SQNR", "", f"{after.sqnr_db:.1f} dB", "")
     table.add_section()
 
 
-def _number(measurement: Measurement, field: str) -> float | None:
-    value = getattr(measurement, field)
-    return None if value is None else float(value)
+def _points(interval: Interval) -> str:
+    return f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
+
+
+def remark_lines(result: TuningResult) -> list[str]:
+    """What must not be overlooked: goals that were missed, a slow model, a search cut short."""
+    lines = [f"Goal not met: {sentence}." for sentence in result.missed]
+    if result.missed:
+        lines.append("This is the best model so far; more trials or a larger space may do better.")
+    latency = result.latency
+    if latency.low > 1:
+        lines.append(
+            f"SLOWER than the float model on this machine: {latency.ratio:.2f}x "
+            f"[{latency.low:.2f}, {latency.high:.2f}]."
+        )
+    elif latency.high >= 1:
+        lines.append(
+            f"Not measurably faster than the float model on this machine: {latency.ratio:.2f}x "
+            f"[{latency.low:.2f}, {latency.high:.2f}]."
+        )
+    if result.interrupted:
+        lines.append("The search was interrupted; this is the best model so far.")
+    return lines
 
 
 def layers_table(model: FloatModel) -> Table:

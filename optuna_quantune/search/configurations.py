@@ -1,17 +1,24 @@
 """The configurations of one search space, with all that is known of each before any trial.
 
-What is computed here depends on the space and on the user's functions only, never on trials, so
-the sampler keeps it as a cache.
+What is computed here depends on the space, on the user's functions and on earlier studies only,
+never on trials, so the sampler keeps it as a cache.
+
+The user's ``features`` may take a millisecond for each configuration. A space of a few hundred is
+described as a whole; of a larger one, a sample, and boosted trees fitted to it guess for the rest
+(a *sketch*): good enough to choose the hundred configurations that are worth describing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +28,44 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.search.candidates import Codes
 from optuna_quantune.search.candidates import enumerate_codes
 from optuna_quantune.search.candidates import MAX_ENUMERATED
+from optuna_quantune.search.candidates import random_codes
 from optuna_quantune.search.encoding import SpaceEncoding
+from optuna_quantune.search.sources import SourceStudy
+from optuna_quantune.search.targets import center_and_spread
+from optuna_quantune.search.transfer import standard_prior
+from optuna_quantune.search.transfer import Transfer
 
+
+if TYPE_CHECKING:
+    import xgboost
 
 PRIOR_FEATURE = "prior"
 """The feature that estimates the objective's first value."""
 
 Features = Callable[[Mapping[str, Any]], Mapping[str, float]]
 Valid = Callable[[Mapping[str, Any]], bool]
+Suggest = Callable[[], Iterable[Mapping[str, Any]]]
+
+# Spaces with features up to this size are described as a whole.
+MAX_DESCRIBED = 512
+# Configurations of a larger space that are described to sketch the rest, first at random, then
+# in rounds of those that the sketch so far takes for the best.
+_N_SKETCHED = 256
+_SKETCH_ROUNDS = 3
+_N_IN_ROUND = 64
+_SKETCH_POOL = 4096
+_SKETCH_PARAMS: dict[str, Any] = {
+    "max_depth": 5,
+    "eta": 0.2,
+    "lambda": 0.1,
+    "min_child_weight": 1,
+    "tree_method": "hist",
+    "nthread": 1,
+    "verbosity": 0,
+    "base_score": 0.0,
+    "seed": 0,
+}
+_N_SKETCH_TREES = 80
 
 
 @dataclass(frozen=True)
@@ -39,22 +76,17 @@ class Candidates:
         codes: float64 of shape (n_configs, n_params).
         kernel: ``SpaceEncoding.kernel_features`` of the codes.
         trees: ``SpaceEncoding.tree_features`` of the codes.
-        features: The user's features, columns sorted by name, NaN where not finite, float64 of
-            shape (n_configs, n_features).
     """
 
     codes: Codes
     kernel: NDArray[np.float32]
     trees: NDArray[np.float32]
-    features: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def __getitem__(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Candidates:
-        return Candidates(
-            self.codes[rows], self.kernel[rows], self.trees[rows], self.features[rows]
-        )
+        return Candidates(self.codes[rows], self.kernel[rows], self.trees[rows])
 
     def append(self, other: Candidates) -> Candidates:
         """These candidates followed by others."""
@@ -62,8 +94,31 @@ class Candidates:
             np.concatenate([self.codes, other.codes]),
             np.concatenate([self.kernel, other.kernel]),
             np.concatenate([self.trees, other.trees]),
-            np.concatenate([self.features, other.features]),
         )
+
+
+@dataclass(frozen=True)
+class Described:
+    """Candidates with what is known of them before any trial.
+
+    Attributes:
+        candidates: The configurations.
+        features: The user's features, columns sorted by name, standardised over the space, NaN
+            where not finite, float64 of shape (n_configs, n_features).
+        guesses: What the trials' values may rise and fall with, all to be minimised, best
+            informed last: the prior if there is one, then what earlier studies make of it if there
+            are any; finite, float64 of shape (n_configs, n_guesses).
+    """
+
+    candidates: Candidates
+    features: NDArray[np.float64]
+    guesses: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def __getitem__(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Described:
+        return Described(self.candidates[rows], self.features[rows], self.guesses[rows])
 
 
 class Configurations:
@@ -75,6 +130,9 @@ class Configurations:
         valid: Whether a configuration can be run.
         constants: Values of parameters that ``features`` and ``valid`` expect but the space lacks,
             as when a ``PartialFixedSampler`` has taken them out.
+        sign: -1 where the prior is of an objective that is maximised, else 1.
+        sources: Earlier studies.
+        suggest: Configurations that are worth looking at.
     """
 
     def __init__(
@@ -83,18 +141,25 @@ class Configurations:
         features: Features | None,
         valid: Valid | None,
         constants: Mapping[str, Any],
+        *,
+        sign: float = 1.0,
+        sources: Sequence[SourceStudy] = (),
+        suggest: Suggest | None = None,
     ) -> None:
         self.encoding = SpaceEncoding(search_space)
         self._features = features
         self._valid = valid
         self._constants = dict(constants)
-        self._feature_names: tuple[str, ...] | None = None
-        self._described: dict[bytes, tuple[float, ...]] = {}
+        self._sign = sign
+        self._sources = tuple(sources)
+        self._suggest = suggest
+        self._feature_names: tuple[str, ...] = ()
+        self._raw_features: dict[bytes, tuple[float, ...]] = {}
 
     @property
     def is_enumerable(self) -> bool:
         """Whether the space is small enough to look at every configuration."""
-        return self.encoding.size <= MAX_ENUMERATED
+        return bool(self.encoding.size <= MAX_ENUMERATED)
 
     @cached_property
     def all(self) -> Candidates:
@@ -111,14 +176,67 @@ class Configurations:
             )
         return self.candidates(codes)
 
+    @cached_property
+    def suggested(self) -> Candidates:
+        """Valid configurations that the user has named; others of them are left out."""
+        named = self._suggest() if self._suggest is not None else ()
+        codes = [c for params in named if (c := self.encoding.encode(params)) is not None]
+        rows = np.array(codes, dtype=np.float64).reshape(len(codes), self.encoding.n_params)
+        return self.candidates(self.only_valid(np.unique(rows, axis=0)))
+
+    @property
+    def is_described(self) -> bool:
+        """Whether any configuration may be described, so that no sketch is needed."""
+        if self._features is None:
+            return True
+        return self.is_enumerable and len(self.all) <= MAX_DESCRIBED
+
+    @cached_property
+    def reference(self) -> Described:
+        """What stands for the whole space: all of it, or the sample that the sketch is fitted to.
+
+        The first call describes these configurations, the only long work in this class.
+        """
+        return self._with_guesses(self._reference_candidates, self._reference_features)
+
+    @property
+    def has_guess(self) -> bool:
+        """Whether anything is known of the values before the first trial."""
+        return bool(self.reference.guesses.shape[1])
+
+    @property
+    def may_share_unit(self) -> tuple[bool, ...]:
+        """Of each guess, whether it can be in the unit of the values."""
+        transferred = [] if self._transfer is None else [False]
+        return tuple([True] * (self._prior_column is not None) + transferred)
+
     def candidates(self, codes: Codes) -> Candidates:
-        """The given configurations with their model inputs and features."""
+        """The given configurations with their model inputs."""
         return Candidates(
-            codes,
-            self.encoding.kernel_features(codes),
-            self.encoding.tree_features(codes),
-            self._describe(codes),
+            codes, self.encoding.kernel_features(codes), self.encoding.tree_features(codes)
         )
+
+    def describe(self, candidates: Candidates) -> Described:
+        """The configurations with their features; calls the user's function for new ones."""
+        if self.is_described and self.is_enumerable and candidates is self.all:
+            return self.reference
+        return self._with_guesses(candidates, self._raw(candidates.codes))
+
+    def guesses(self, candidates: Candidates) -> NDArray[np.float64]:
+        """The guesses for any number of configurations, sketched where that is needed."""
+        if self.is_described:
+            return self.describe(candidates).guesses
+        if self.is_enumerable and candidates is self.all:
+            return self._guesses_of_all
+        return self._sketched_guesses(candidates)
+
+    @cached_property
+    def _guesses_of_all(self) -> NDArray[np.float64]:
+        return self._sketched_guesses(self.all)
+
+    def _sketched_guesses(self, candidates: Candidates) -> NDArray[np.float64]:
+        columns = [_sketched(trees, candidates.trees) for trees in self._sketch]
+        return np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
 
     def unseen(self, codes: Codes, seen: Codes) -> NDArray[np.bool_]:
         """Which configurations are not among the seen ones; bool of shape (n_configs,)."""
@@ -136,27 +254,114 @@ class Configurations:
         mask = [bool(self._valid(self._params(row))) for row in codes]
         return np.asarray(codes[np.array(mask, dtype=bool)])
 
+    def named_features(self, codes: Codes) -> dict[str, float]:
+        """The features of one configuration as the user's function gave them."""
+        if self._features is None:
+            return {}
+        return dict(zip(self._feature_names, self._raw(codes[None])[0].tolist(), strict=True))
+
     @property
-    def prior_column(self) -> int | None:
-        """Which column of the features is the prior; known once a candidate was described."""
-        if self._feature_names is None or PRIOR_FEATURE not in self._feature_names:
+    def _prior_column(self) -> int | None:
+        """Which column of the features is the prior; known once a configuration was described."""
+        if PRIOR_FEATURE not in self._feature_names:
             return None
         return self._feature_names.index(PRIOR_FEATURE)
 
-    def _describe(self, codes: Codes) -> NDArray[np.float64]:
+    @cached_property
+    def _reference_candidates(self) -> Candidates:
+        if self.is_described and self.is_enumerable:
+            return self.all
+        # A sample of its own: the study's random numbers are for its proposals.
+        rng = np.random.RandomState(0)
+        pool = self._pool(rng)
+        order = rng.permutation(len(pool))
+        chosen = pool[order[:_N_SKETCHED]]
+        rest = pool[order[_N_SKETCHED:]]
+        for _ in range(_SKETCH_ROUNDS if self._features is not None else 0):
+            raw = self._raw(chosen.codes)
+            if self._prior_column is None or len(rest) == 0:
+                break
+            trees = _fit_sketch(chosen.trees, self._prior(raw, reference=raw))
+            order = np.argsort(_sketched(trees, rest.trees), kind="stable")
+            chosen = chosen.append(rest[order[:_N_IN_ROUND]])
+            rest = rest[order[_N_IN_ROUND:]]
+        return chosen
+
+    def _pool(self, rng: np.random.RandomState) -> Candidates:
+        if self.is_enumerable:
+            if len(self.all) <= _SKETCH_POOL:
+                return self.all
+            return self.all[rng.choice(len(self.all), _SKETCH_POOL, replace=False)]
+        drawn = random_codes(self.encoding, _SKETCH_POOL, rng)
+        codes = np.unique(np.concatenate([drawn, self.suggested.codes]), axis=0)
+        valid = self.only_valid(codes)
+        # Where hardly any is valid, what the rest would be like is better than nothing.
+        return self.candidates(valid if len(valid) >= _N_IN_ROUND else codes)
+
+    @cached_property
+    def _reference_features(self) -> NDArray[np.float64]:
+        return self._raw(self._reference_candidates.codes)
+
+    @cached_property
+    def _standard(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return center_and_spread(self._reference_features)
+
+    @cached_property
+    def _reference_prior(self) -> NDArray[np.float64]:
+        return self._prior(self._reference_features, reference=self._reference_features)
+
+    @cached_property
+    def _transfer(self) -> Transfer | None:
+        """What the sources say; made after the reference was described, as it needs the names."""
+        if not self._sources:
+            return None
+        transfer = Transfer(
+            self._sources, self.encoding, self._feature_names, self._prior_column, self._sign
+        )
+        return None if transfer.is_empty else transfer
+
+    @cached_property
+    def _sketch(self) -> list[xgboost.Booster]:
+        return [
+            _fit_sketch(self.reference.candidates.trees, column)
+            for column in self.reference.guesses.T
+        ]
+
+    def _with_guesses(self, candidates: Candidates, raw: NDArray[np.float64]) -> Described:
+        center, spread = self._standard
+        features = (raw - center) / spread
+        columns = []
+        standard = None
+        if self._prior_column is not None:
+            columns.append(self._prior(raw, reference=self._reference_features))
+            standard = standard_prior(columns[0], self._reference_prior)
+        if self._transfer is not None:
+            columns.append(self._transfer.guess(candidates.trees, features, standard))
+        guesses = np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
+        return Described(candidates, features, guesses)
+
+    def _prior(
+        self, raw: NDArray[np.float64], *, reference: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The prior, to be minimised; where it is unknown, its mean over a reference."""
+        position = self._feature_names.index(PRIOR_FEATURE)
+        column = raw[:, position]
+        mean, _ = center_and_spread(reference[:, position : position + 1])
+        return self._sign * np.where(np.isnan(column), mean, column)
+
+    def _raw(self, codes: Codes) -> NDArray[np.float64]:
         if self._features is None:
             return np.empty((len(codes), 0))
-        rows = [self._describe_one(row) for row in codes]
-        columns = len(self._feature_names or ())
-        return np.array(rows, dtype=np.float64).reshape(len(codes), columns)
+        rows = [self._raw_one(row) for row in codes]
+        return np.array(rows, dtype=np.float64).reshape(len(codes), len(self._feature_names))
 
-    def _describe_one(self, codes: Codes) -> tuple[float, ...]:
+    def _raw_one(self, codes: Codes) -> tuple[float, ...]:
         key = codes.tobytes()
-        if key not in self._described:
+        if key not in self._raw_features:
             assert self._features is not None
             named = self._features(self._params(codes))
             names = tuple(sorted(named))
-            if self._feature_names is None:
+            if not self._raw_features:
                 self._feature_names = names
             if names != self._feature_names:
                 different = sorted(set(names) ^ set(self._feature_names))
@@ -165,8 +370,25 @@ class Configurations:
                     "configuration the same names (NaN where a number is unknown)"
                 )
             numbers = (float(named[name]) for name in names)
-            self._described[key] = tuple(x if math.isfinite(x) else math.nan for x in numbers)
-        return self._described[key]
+            self._raw_features[key] = tuple(x if math.isfinite(x) else math.nan for x in numbers)
+        return self._raw_features[key]
 
     def _params(self, codes: Codes) -> dict[str, Any]:
         return {**self._constants, **self.encoding.decode(codes)}
+
+
+def _fit_sketch(inputs: NDArray[np.float32], values: NDArray[np.float64]) -> xgboost.Booster:
+    import xgboost
+
+    data = xgboost.DMatrix(inputs, values, nthread=1)
+    booster = xgboost.Booster(_SKETCH_PARAMS, [data])
+    for iteration in range(_N_SKETCH_TREES):
+        booster.update(data, iteration)
+    return booster
+
+
+def _sketched(trees: xgboost.Booster, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    import xgboost
+
+    predicted = trees.predict(xgboost.DMatrix(inputs, nthread=1))
+    return np.asarray(predicted, dtype=np.float64)

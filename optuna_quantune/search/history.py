@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from optuna_quantune.search.pruner import RUNGS_KEY
+
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[np.float64]
 
-_PLAN_KEY = "quantune:params"
+_PLAN_KEY = "quantune:plan"
+# Half-width of a trial's interval, which holds its value with 95 %, in standard deviations.
+_INTERVAL = 1.96
 # Values of system attributes must be shorter than 2046 characters in an RDBStorage.
 _MAX_ATTR_LENGTH = 2045
 
@@ -36,6 +41,8 @@ class History:
         codes: Trials with values, float64 of shape (n_trials, n_params).
         values: Their objectives, all to be minimised, infinities allowed, float64 of shape
             (n_trials, n_objectives).
+        noise: Standard deviation of the values of the first objective around the trials' true
+            ones, 0 for complete trials, inf where it is unknown; float64 of shape (n_trials,).
         constraints: Constraint values by name (feasible when at most 0), NaN where a trial set
             none, each float64 of shape (n_trials,).
         failed: Codes of failed trials, float64 of shape (n_failed, n_params).
@@ -48,6 +55,7 @@ class History:
 
     codes: Array
     values: Array
+    noise: Array
     constraints: Mapping[str, Array]
     failed: Array
     pending: Array
@@ -66,9 +74,11 @@ class History:
 def read_history(study: Study, encoding: SpaceEncoding, current: int | None) -> History:
     """Reads all trials of the study except the one with the number ``current``.
 
-    Trials that lack a parameter of the space, or have a value outside it, are left out. A pruned
-    trial counts as its last intermediate value, but as no better than the median of the complete
-    ones: that it was stopped says so much.
+    Trials that lack a parameter of the space, or have a value outside it, are left out. A trial
+    that was stopped early, or is still running, counts as its latest estimate (`RUNGS_KEY`) with
+    the uncertainty that this says. Without one, a pruned trial counts as its last intermediate
+    value, but as no better than the median of the complete ones, and of unknown uncertainty: that
+    it was stopped says so much and no more.
     """
     # As in GridSampler: pruners such as HyperbandPruner hide trials from study.get_trials, and a
     # cached list would miss what other processes are running.
@@ -86,22 +96,20 @@ def read_history(study: Study, encoding: SpaceEncoding, current: int | None) -> 
             seen.append(codes)
         if trial.state == TrialState.FAIL:
             failed.append(codes)
+        elif trial.state == TrialState.COMPLETE or _estimate(trial, len(sign)) is not None:
+            informative.append((trial, codes))
         elif not trial.state.is_finished():
             pending.append(codes)
-        elif trial.state == TrialState.COMPLETE or trial.intermediate_values:
+        elif trial.intermediate_values:
             informative.append((trial, codes))
     complete = [t.values for t, _ in informative if t.state == TrialState.COMPLETE]
     middle = np.median(sign * np.array(complete, dtype=float), axis=0) if complete else -np.inf
-    values = [
-        sign * np.array(trial.values, dtype=float)
-        if trial.state == TrialState.COMPLETE
-        else _pruned_values(trial, sign, middle)
-        for trial, _ in informative
-    ]
+    outcomes = [_outcome(trial, sign, middle) for trial, _ in informative]
     names = sorted({name for trial, _ in informative for name in trial.constraints})
     return History(
         codes=_rows([codes for _, codes in informative], encoding.n_params),
-        values=_rows(values, len(sign)),
+        values=_rows([values for values, _ in outcomes], len(sign)),
+        noise=np.array([noise for _, noise in outcomes], dtype=np.float64),
         constraints={
             name: np.array([t.constraints.get(name, np.nan) for t, _ in informative])
             for name in names
@@ -136,9 +144,19 @@ def is_taken(
     )
 
 
-def publish_plan(study: Study, trial: FrozenTrial, params: Mapping[str, Any]) -> None:
-    """Tells other threads and processes what a running trial is going to measure."""
-    text = json.dumps(dict(params))
+def publish_plan(
+    study: Study,
+    trial: FrozenTrial,
+    params: Mapping[str, Any],
+    features: Mapping[str, float] | None = None,
+) -> None:
+    """Tells other threads and processes what a running trial is going to measure.
+
+    What is known of the configuration beforehand stays with the trial, for studies that learn
+    from this one.
+    """
+    known = {name: value for name, value in (features or {}).items() if math.isfinite(value)}
+    text = json.dumps({"params": dict(params), "features": known})
     # A shorter plan must overwrite a longer one entirely; JSON ends may be padded.
     text = text.ljust(len("".join(_plan_chunks(study._storage.get_trial(trial._trial_id)))))
     for start in range(0, len(text), _MAX_ATTR_LENGTH):
@@ -149,12 +167,18 @@ def publish_plan(study: Study, trial: FrozenTrial, params: Mapping[str, Any]) ->
         )
 
 
+def published_features(trial: FrozenTrial) -> dict[str, float]:
+    """The features that the sampler has stored with a trial; none if another proposed it."""
+    features: dict[str, float] = _plan(trial).get("features", {})
+    return features
+
+
 def configuration_of(trial: FrozenTrial, encoding: SpaceEncoding) -> dict[str, Any]:
     """The parameters of a trial, those included that it has not asked for yet."""
     if all(name in trial.params for name in encoding.names):
         return trial.params
     enqueued = trial.system_attrs.get("fixed_params", {})
-    return {**_planned_params(trial), **enqueued, **trial.params}
+    return {**_plan(trial).get("params", {}), **enqueued, **trial.params}
 
 
 def _plan_chunks(trial: FrozenTrial) -> list[str]:
@@ -164,13 +188,13 @@ def _plan_chunks(trial: FrozenTrial) -> list[str]:
     return chunks
 
 
-def _planned_params(trial: FrozenTrial) -> dict[str, Any]:
+def _plan(trial: FrozenTrial) -> dict[str, Any]:
     try:
-        params: dict[str, Any] = json.loads("".join(_plan_chunks(trial)) or "{}")
+        plan: dict[str, Any] = json.loads("".join(_plan_chunks(trial)) or "{}")
     except json.JSONDecodeError:
         # Another process is just writing it.
         return {}
-    return params
+    return plan
 
 
 def _is_whole(trial: FrozenTrial, encoding: SpaceEncoding) -> bool:
@@ -179,9 +203,24 @@ def _is_whole(trial: FrozenTrial, encoding: SpaceEncoding) -> bool:
     )
 
 
-def _pruned_values(trial: FrozenTrial, sign: Array, middle: Array | float) -> Array:
+def _estimate(trial: FrozenTrial, n_objectives: int) -> tuple[float, float] | None:
+    """The latest estimate of a trial's only value, and its standard deviation."""
+    rungs = trial.user_attrs.get(RUNGS_KEY)
+    if not rungs or n_objectives > 1:
+        return None
+    _, value, low, high = rungs[-1]
+    return float(value), max(float(high) - float(low), 0.0) / (2.0 * _INTERVAL)
+
+
+def _outcome(trial: FrozenTrial, sign: Array, middle: Array | float) -> tuple[Array, float]:
+    """The values of a trial, to be minimised, and the noise of the first."""
+    if trial.state == TrialState.COMPLETE:
+        return sign * np.array(trial.values, dtype=float), 0.0
+    estimate = _estimate(trial, len(sign))
+    if estimate is not None:
+        return sign * estimate[0], estimate[1]
     last = sign * trial.intermediate_values[max(trial.intermediate_values)]
-    return np.where(np.isnan(last), np.inf, np.maximum(last, middle))
+    return np.where(np.isnan(last), np.inf, np.maximum(last, middle)), math.inf
 
 
 def _rows(rows: list[Array], n_columns: int) -> Array:

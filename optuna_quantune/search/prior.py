@@ -42,6 +42,8 @@ class PriorLine:
         space_prior: NDArray[np.float64],
         trial_prior: NDArray[np.float64],
         values: NDArray[np.float64],
+        *,
+        may_share_unit: bool = True,
     ) -> PriorLine:
         """Fits the line by least squares, shrunk towards the slope that a right prior has.
 
@@ -51,6 +53,8 @@ class PriorLine:
             trial_prior: The prior of each trial, float64 of shape (n_trials,), finite.
             values: The trials' values, finite, with the same sign convention as the prior,
                 float64 of shape (n_trials,).
+            may_share_unit: Whether the prior can be in the unit of the values; if not, the trials
+                alone tell what it is worth.
 
         Returns:
             The fitted line; ``offset=0, slope=1`` without trials.
@@ -61,7 +65,8 @@ class PriorLine:
         prior = trial_prior - trial_prior.mean()
         centered = values - values.mean()
         unit = 1.0
-        if abs(values.mean() - trial_prior.mean()) > _SAME_UNIT_DISTANCE * spread:
+        distance = abs(values.mean() - trial_prior.mean())
+        if not may_share_unit or distance > _SAME_UNIT_DISTANCE * spread:
             # Another unit: the trials alone can tell how much a unit of prior is worth.
             unit = float(np.std(centered) / np.hypot(np.std(prior), _RESOLUTION * spread))
             # Equal trials tell nothing: any positive slope keeps the order of the prior.

@@ -22,6 +22,9 @@ from optuna_quantune.search.scoring import Scorer
 
 # Up to this many candidates, all are scored; of more, those that a screening leaves.
 _MAX_SCORED = 2560
+# The same where describing a candidate may take a millisecond, and how many of them at random.
+_MAX_DESCRIBED = 96
+_N_DESCRIBED_RANDOM = 16
 # Uniform candidates among those, so that the screening hides no part of the space for good.
 _N_RANDOM = 1024
 # Further draws of as many where few are valid or, with most parameters fixed, few exist.
@@ -39,8 +42,9 @@ class Proposer:
         configurations: The search space.
         history: Its trials.
         fixed: Codes that are given, by column.
-        signs: -1 for objectives that are maximised, else 1, float64 of shape (n_objectives,).
-        n_startup_trials: Trials with values before the surrogate is asked, if there is no prior.
+        n_objectives: How many objectives the study has.
+        n_startup_trials: Trials with values, or running, before the surrogate is asked, if
+            nothing is guessed beforehand.
         avoid_seen: Whether a configuration that was seen is out of the question.
         rng: Random number generator.
     """
@@ -51,7 +55,7 @@ class Proposer:
         history: History,
         *,
         fixed: Mapping[int, float],
-        signs: NDArray[np.float64],
+        n_objectives: int,
         n_startup_trials: int,
         avoid_seen: bool,
         rng: np.random.RandomState,
@@ -60,7 +64,7 @@ class Proposer:
         self._encoding = configurations.encoding
         self._history = history
         self._fixed = fixed
-        self._signs = signs
+        self._n_objectives = n_objectives
         self._n_startup_trials = n_startup_trials
         self._avoid_seen = avoid_seen
         self._rng = rng
@@ -71,30 +75,52 @@ class Proposer:
         Returns:
             Its codes, float64 of shape (n_params,), or ``None`` when there is none left.
         """
-        is_enumerable = self._configurations.is_enumerable
-        space = self._configurations.all if is_enumerable else self._drawn()
+        configurations = self._configurations
+        space = configurations.all if configurations.is_enumerable else self._drawn()
         rows = np.flatnonzero(self._is_admissible(space.codes))
         if len(rows) == 0:
             return None
-        has_prior = self._configurations.prior_column is not None
-        if not has_prior and len(self._history.codes) < max(self._n_startup_trials, 1):
+        n_known = len(self._history.codes)
+        n_begun = n_known + len(self._history.pending)
+        if not configurations.has_guess and (n_known == 0 or n_begun < self._n_startup_trials):
             return self._most_isolated(space, rows)
 
-        n_objectives = len(self._signs)
-        weights = self._rng.dirichlet(np.ones(n_objectives)) if n_objectives > 1 else np.ones(1)
-        scorer = Scorer(self._configurations, space, self._history, self._signs[0], weights)
-        is_exhaustive = is_enumerable and len(rows) <= _MAX_SCORED
-        if is_exhaustive:
-            candidates = space[rows]
-        else:
-            candidates = space[self._screened(scorer, space, rows)].append(
-                self._neighbours(self._incumbents())
-            )
-        best = self._best(candidates, scorer.score(candidates))
-        for _ in range(0 if is_exhaustive else _N_LOCAL_ROUNDS):
+        n = self._n_objectives
+        weights = self._rng.dirichlet(np.ones(n)) if n > 1 else np.ones(1)
+        scorer = Scorer(configurations, self._history, weights)
+        if not configurations.is_described:
+            return self._best_described(scorer, self._improved_by_screening(scorer, space, rows))
+        if configurations.is_enumerable and len(rows) <= _MAX_SCORED:
+            described = configurations.reference[rows]
+            return np.asarray(space.codes[rows][self._order(scorer.score(described))[0]])
+        candidates = space[self._screened(scorer, space, rows)].append(self._promising())
+        best = self._best(candidates, self._scores(scorer, candidates))
+        for _ in range(_N_LOCAL_ROUNDS):
             best = best.append(self._neighbours(best.codes))
-            best = self._best(best, scorer.score(best))
+            best = self._best(best, self._scores(scorer, best))
         return np.asarray(best.codes[0])
+
+    def _improved_by_screening(
+        self, scorer: Scorer, space: Candidates, rows: NDArray[np.int64]
+    ) -> Candidates:
+        """Candidates of the best screening values, after a local search on these."""
+        pool = space[self._screened(scorer, space, rows)].append(self._promising())
+        for _ in range(0 if self._configurations.is_enumerable else _N_LOCAL_ROUNDS):
+            best = self._best(pool, -scorer.screen(pool))
+            pool = pool.append(self._neighbours(best.codes))
+        _, first = np.unique(pool.codes, axis=0, return_index=True)
+        return pool[first]
+
+    def _best_described(self, scorer: Scorer, pool: Candidates) -> Codes:
+        """The best of those that are worth describing, and of a few others."""
+        order = self._order(-scorer.screen(pool))
+        promising, rest = order[:_MAX_DESCRIBED], order[_MAX_DESCRIBED:]
+        others = self._rng.permutation(rest)[:_N_DESCRIBED_RANDOM]
+        candidates = pool[np.concatenate([promising, others])]
+        return np.asarray(self._best(candidates, self._scores(scorer, candidates)).codes[0])
+
+    def _scores(self, scorer: Scorer, candidates: Candidates) -> NDArray[np.float64]:
+        return scorer.score(self._configurations.describe(candidates))
 
     def _most_isolated(self, space: Candidates, rows: NDArray[np.int64]) -> Codes:
         history = self._history
@@ -115,6 +141,12 @@ class Proposer:
         n_promising = _MAX_SCORED - _N_RANDOM
         promising = rows[np.argpartition(values, n_promising)[:n_promising]]
         return np.union1d(promising, self._rng.choice(rows, _N_RANDOM, replace=False))
+
+    def _promising(self) -> Candidates:
+        """Neighbours of the best trials, and what the user has named."""
+        suggested = self._configurations.suggested
+        admissible = suggested[np.flatnonzero(self._is_admissible(suggested.codes))]
+        return self._neighbours(self._incumbents()).append(admissible)
 
     def _incumbents(self) -> Codes:
         order = np.argsort(self._history.values[:, 0], kind="stable")
@@ -150,7 +182,10 @@ class Proposer:
         return admissible
 
     def _best(self, candidates: Candidates, scores: NDArray[np.float64]) -> Candidates:
-        """The candidates with the highest scores, best first, ties in random order."""
-        shuffled = self._rng.permutation(len(candidates))
-        order = np.argsort(-scores[shuffled], kind="stable")
-        return candidates[shuffled[order[:_N_INCUMBENTS]]]
+        """The candidates with the highest scores, best first."""
+        return candidates[self._order(scores)[:_N_INCUMBENTS]]
+
+    def _order(self, scores: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Rows from the highest score to the lowest, ties in random order."""
+        shuffled = self._rng.permutation(len(scores))
+        return np.asarray(shuffled[np.argsort(-scores[shuffled], kind="stable")])

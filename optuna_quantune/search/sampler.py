@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import TYPE_CHECKING
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -33,6 +33,7 @@ from optuna_quantune.search.history import is_taken
 from optuna_quantune.search.history import publish_plan
 from optuna_quantune.search.history import read_history
 from optuna_quantune.search.proposal import Proposer
+from optuna_quantune.search.sources import SourceStudy
 
 
 if TYPE_CHECKING:
@@ -108,10 +109,18 @@ class QuantuneSampler(BaseSampler):
             configuration that is considered; always the same names, NaN where unknown. The name
             ``prior`` (:data:`PRIOR_FEATURE`) is an estimate of the objective's first value, on its
             scale or rising and falling with it; the first trial is the one with the best prior.
+            Numbers that are the same for all configurations describe the task, for later studies
+            that learn from this one. Spaces of more than 512 configurations are sketched from
+            some hundreds of them, and about a hundred are considered for each trial.
         valid: Whether a configuration can be run, called with its parameters. Others are never
             proposed.
+        candidates: Configurations that are worth looking at in a space too large to look at all of
+            it, such as those of :func:`knapsack_front`; called once.
+        source_studies: Earlier studies of related tasks, Optuna's or recorded ones, with the same
+            or other search spaces, on the same or other scales; they are read once. They decide
+            the first trials, and are believed as far as the trials of this study bear them out.
         n_startup_trials: How many trials are spread over the space before the surrogate is asked.
-            Not used with a prior.
+            Not used with a prior or source studies.
         seed: Seed of the random numbers.
         allow_duplicates: Whether a configuration can be proposed again, for objectives with noise
             that is to be averaged out.
@@ -129,6 +138,8 @@ class QuantuneSampler(BaseSampler):
         *,
         features: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None,
         valid: Callable[[Mapping[str, Any]], bool] | None = None,
+        candidates: Callable[[], Iterable[Mapping[str, Any]]] | None = None,
+        source_studies: Sequence[optuna.Study | SourceStudy] = (),
         n_startup_trials: int = 4,
         seed: int | None = None,
         allow_duplicates: bool = False,
@@ -144,6 +155,11 @@ class QuantuneSampler(BaseSampler):
         self._search_space = None if search_space is None else dict(search_space)
         self._features = features
         self._valid = valid
+        self._candidates = candidates
+        self._sources = tuple(
+            source if isinstance(source, SourceStudy) else SourceStudy.from_study(source)
+            for source in source_studies
+        )
         self._n_startup_trials = n_startup_trials
         self._rng = LazyRandomState(seed)
         self._allow_duplicates = allow_duplicates
@@ -175,7 +191,7 @@ class QuantuneSampler(BaseSampler):
         if not search_space:
             return {}
         fixed = _fixed_params(study, trial)
-        configurations = self._configurations_of(search_space, fixed)
+        configurations = self._configurations_of(study, search_space, fixed)
         while True:
             history = read_history(study, configurations.encoding, trial.number)
             avoid_seen = not self._allow_duplicates
@@ -192,7 +208,7 @@ class QuantuneSampler(BaseSampler):
                     "QuantuneSampler(allow_duplicates=True) proposes them again"
                 )
             params = configurations.encoding.decode(codes)
-            publish_plan(study, trial, params)
+            publish_plan(study, trial, params, configurations.named_features(codes))
             if not avoid_seen or not is_taken(
                 study, configurations.encoding, codes, trial.number, history.finished
             ):
@@ -209,12 +225,11 @@ class QuantuneSampler(BaseSampler):
         fixed: Mapping[str, Any],
         avoid_seen: bool,
     ) -> Proposer:
-        signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions]
         return Proposer(
             configurations,
             history,
             fixed=configurations.encoding.encode_columns(fixed),
-            signs=np.array(signs),
+            n_objectives=len(study.directions),
             n_startup_trials=self._n_startup_trials,
             avoid_seen=avoid_seen,
             rng=self._rng.rng,
@@ -265,28 +280,35 @@ class QuantuneSampler(BaseSampler):
         """Whether every configuration of ``search_space`` has been measured or is running."""
         if not self._search_space or self._allow_duplicates:
             return False
-        configurations = self._configurations_of(self._search_space, {})
+        configurations = self._configurations_of(study, self._search_space, {})
         if not configurations.is_enumerable:
             return False
         n_trials = study._storage.get_n_trials(study._study_id)
         if n_trials < len(configurations.all):
             return False
         history = read_history(study, configurations.encoding, None)
-        return not np.any(configurations.unseen(configurations.all.codes, history.seen))
+        return not configurations.unseen(configurations.all.codes, history.seen).any()
 
     def _configurations_of(
-        self, search_space: dict[str, BaseDistribution], fixed: Mapping[str, Any]
+        self, study: Study, search_space: dict[str, BaseDistribution], fixed: Mapping[str, Any]
     ) -> Configurations:
         if self._search_space is not None and search_space.keys() <= self._search_space.keys():
             # PartialFixedSampler takes parameters out; their values are in ``fixed``.
             search_space = self._search_space
         constants = {name: value for name, value in fixed.items() if name not in search_space}
-        key = (repr(sorted(search_space.items())), repr(sorted(constants.items())))
+        sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
+        key = (repr(sorted(search_space.items())), repr(sorted(constants.items())), sign)
         if key not in self._configurations:
             if len(self._configurations) >= _MAX_CACHED_SPACES:
                 self._configurations.clear()
             self._configurations[key] = Configurations(
-                search_space, self._features, self._valid, constants
+                search_space,
+                self._features,
+                self._valid,
+                constants,
+                sign=sign,
+                sources=self._sources,
+                suggest=self._candidates,
             )
         return self._configurations[key]
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ from scipy.linalg import solve_triangular
 
 if TYPE_CHECKING:
     import xgboost
+
+Array: TypeAlias = NDArray[np.float64]
 
 # Weights of the main-effect, pairwise, product and tree kernels, from "only main effects" to
 # "mostly trees"; each row sums to 1.
@@ -42,6 +45,10 @@ MIXTURES = np.array(
 )
 # Noise variances, as shares of the kernel's variance.
 _NOISES = np.array([0.003, 0.03, 0.15])
+# Kernel weights (main effects, pairs, products, features) for the first look at mean functions.
+_FIRST_LOOK = np.array([0.4, 0.3, 0.3, 0.3])
+# Where the kernel of the trees stands among the others.
+_TREE_KERNEL = 3
 # Variance of the constant, as a share of the kernel's; it stands for the unknown mean.
 _CONSTANT = 0.5
 # Decay of the product kernel: agreement exp(-1 / (0.15 n_params)) for one differing parameter.
@@ -96,24 +103,56 @@ class ModelInputs:
 
 
 @dataclass(frozen=True)
-class _Posterior:
-    """One hyperparameter setting conditioned on the trials."""
+class _Task:
+    """What is to be explained.
 
-    mixture: NDArray[np.float64]
-    cholesky: NDArray[np.float64]
-    alpha: NDArray[np.float64]
-    variance: float
-    log_evidence: float
+    Attributes:
+        residuals: What each mean function leaves of the targets, shape (n_trials, n_means).
+        noise: Variance that is known of each target, shape (n_trials,).
+        log_beliefs: Logarithm of the belief in each mean function, shape (n_means,).
+    """
+
+    residuals: Array
+    noise: Array
+    log_beliefs: Array
+
+
+@dataclass(frozen=True)
+class _Posterior:
+    """One hyperparameter setting conditioned on the trials, under each mean function.
+
+    Attributes:
+        mixture: The kernel's weights.
+        cholesky: Factor of the known configurations' covariance.
+        alpha: Weights of the known configurations in the mean, shape (n_known, n_means).
+        variance: Variance of the kernel, shape (n_means,).
+        log_evidence: Logarithm of the marginal likelihood times the belief, shape (n_means,).
+    """
+
+    mixture: Array
+    cholesky: Array
+    alpha: Array
+    variance: Array
+    log_evidence: Array
 
 
 class Surrogate:
     """Posterior mean and standard deviation of configurations, given trials.
 
+    There may be several mean functions: that nothing is known, what a prior expects, what earlier
+    studies expect. Each is believed as far as the trials have come out as it says (by the marginal
+    likelihood), so one that misleads loses its say as trials come in.
+
     Args:
         inputs: The trials' configurations, at least one.
-        targets: The trials' targets, roughly standardised, less the prior mean where there is
-            one; float64 of shape (n_trials,).
+        targets: The trials' targets, roughly standardised, float64 of shape (n_trials,).
         n_params: The number of parameters; the squared norm of a row of ``inputs.kernel``.
+        means: The trials' targets as each mean function expects them, float64 of shape
+            (n_trials, n_means). By default 0, the only one.
+        beliefs: How far each mean function is believed before the trials; positive, float64 of
+            shape (n_means,). By default all alike.
+        noise: Standard deviation of what is known of each target, float64 of shape (n_trials,).
+            By default the targets are as exact as each other.
         pending: Configurations that are being measured now. They are taken to come out as
             expected: the mean does not change, the uncertainty near them shrinks.
         mixtures: Kernel weights to choose from, float64 of shape (n_mixtures, 4).
@@ -122,39 +161,63 @@ class Surrogate:
     def __init__(
         self,
         inputs: ModelInputs,
-        targets: NDArray[np.float64],
+        targets: Array,
         n_params: int,
         *,
+        means: Array | None = None,
+        beliefs: Array | None = None,
+        noise: Array | None = None,
         pending: ModelInputs | None = None,
-        mixtures: NDArray[np.float64] = MIXTURES,
+        mixtures: Array = MIXTURES,
     ) -> None:
         self._n_params = n_params
-        self._trees = _fit_trees(inputs.trees, targets)
+        if means is None:
+            means = np.zeros((len(targets), 1))
+        task = _Task(
+            residuals=targets[:, None] - means,
+            noise=np.zeros(len(targets)) if noise is None else noise**2,
+            log_beliefs=np.zeros(means.shape[1]) if beliefs is None else np.log(beliefs),
+        )
         self._known = inputs if pending is None else inputs.append(pending)
+        # The trees learn what the mean functions leave, weighted by a first look at these.
+        plain = self._plain_kernels(self._known)
+        first = _condition(plain, task, _FIRST_LOOK[: len(plain)], _NOISES[1])
+        self._trees = _fit_trees(
+            inputs.trees, task.residuals @ _softmax(first.log_evidence), 1.0 / (1.0 + task.noise)
+        )
         self._known_leaves = self._leaves(self._known)
-        kernels = self._kernels(self._known, self._known_leaves)
-        self._posteriors = _posteriors(kernels, targets, mixtures)
+        kernels = self._with_tree_kernel(plain, self._known_leaves)
+        self._posteriors = _posteriors(kernels, task, mixtures)
         evidence = np.array([posterior.log_evidence for posterior in self._posteriors])
-        self._probabilities = np.exp(evidence - evidence.max())
-        self._probabilities /= self._probabilities.sum()
+        self._probabilities = _softmax(evidence)
 
-    def predict(self, inputs: ModelInputs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and standard deviation, each float64 of shape (n_configs,)."""
-        kernels = self._kernels(inputs, self._leaves(inputs))
+    @property
+    def belief(self) -> Array:
+        """Posterior probability of each mean function; float64 of shape (n_means,)."""
+        return np.asarray(self._probabilities.sum(axis=0))
+
+    def predict(self, inputs: ModelInputs, means: Array | None = None) -> tuple[Array, Array]:
+        """Mean and standard deviation, each float64 of shape (n_configs,).
+
+        Args:
+            inputs: The configurations.
+            means: What each mean function expects of them, float64 of shape (n_configs, n_means).
+        """
+        kernels = self._with_tree_kernel(self._plain_kernels(inputs), self._leaves(inputs))
+        expected = np.zeros((len(inputs), 1)) if means is None else means
         mean = np.zeros(len(inputs))
         second_moment = np.zeros(len(inputs))
         for probability, posterior in zip(self._probabilities, self._posteriors, strict=True):
             cross = np.tensordot(posterior.mixture, kernels, axes=1) + _CONSTANT
-            mean_here = cross @ posterior.alpha
+            mean_here = expected + cross @ posterior.alpha
             explained = solve_triangular(
                 posterior.cholesky, cross.T, lower=True, check_finite=False
             )
             prior_variance = posterior.mixture.sum() + _CONSTANT
-            variance = posterior.variance * np.maximum(
-                prior_variance - np.sum(explained**2, axis=0), 1e-9
-            )
-            mean += probability * mean_here
-            second_moment += probability * (variance + mean_here**2)
+            unexplained = np.maximum(prior_variance - np.sum(explained**2, axis=0), 1e-9)
+            mean += mean_here @ probability
+            second_moment += mean_here**2 @ probability
+            second_moment += unexplained * (posterior.variance @ probability)
         return mean, np.sqrt(np.maximum(second_moment - mean**2, 1e-12))
 
     def screen(self, kernel: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -170,14 +233,16 @@ class Surrogate:
             float64 of shape (n_configs,), up to a constant.
         """
         known = self._known.kernel / np.float32(self._n_params)
-        alphas = np.array([posterior.alpha for posterior in self._posteriors])
+        alphas = np.array(
+            [p.alpha @ w for p, w in zip(self._posteriors, self._probabilities, strict=True)]
+        )
         parts = np.array([posterior.mixture[:2] for posterior in self._posteriors])
-        main, pair = ((self._probabilities[:, None] * parts).T @ alphas).astype(np.float32)
+        main, pair = (parts.T @ alphas).astype(np.float32)
         linear = known.T @ main
         quadratic = (known.T * pair) @ known
-        result: NDArray[np.float64] = np.einsum(
-            "ij,ij->i", kernel @ quadratic + linear, kernel
-        ).astype(np.float64)
+        result: Array = np.einsum("ij,ij->i", kernel @ quadratic + linear, kernel).astype(
+            np.float64
+        )
         return result
 
     def _leaves(self, inputs: ModelInputs) -> NDArray[np.float32]:
@@ -193,16 +258,15 @@ class Surrogate:
         one_hot /= np.sqrt(np.float32(_N_TREES))
         return one_hot.reshape(len(leaves), -1)
 
-    def _kernels(self, inputs: ModelInputs, leaves: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The kernels against the known configurations, (n_kernels, n_configs, n_known)."""
+    def _plain_kernels(self, inputs: ModelInputs) -> Array:
+        """The kernels without trees against the known configurations.
+
+        float64 of shape (n_kernels, n_configs, n_known): main effects, pairs, products and, where
+        there are features, their kernel.
+        """
         known = self._known
         agreement = (inputs.kernel @ known.kernel.T).astype(np.float64) / self._n_params
-        kernels = [
-            agreement,
-            agreement**2,
-            np.exp((agreement - 1.0) / _PRODUCT_SCALE),
-            (leaves @ self._known_leaves.T).astype(np.float64),
-        ]
+        kernels = [agreement, agreement**2, np.exp((agreement - 1.0) / _PRODUCT_SCALE)]
         n_described = inputs.described.shape[1]
         if n_described:
             a, b = inputs.described.astype(np.float64), known.described.astype(np.float64)
@@ -210,11 +274,15 @@ class Surrogate:
             kernels.append(np.exp(-0.5 * np.maximum(distance, 0.0) / n_described))
         return np.stack(kernels)
 
+    def _with_tree_kernel(self, plain: Array, leaves: NDArray[np.float32]) -> Array:
+        shares = (leaves @ self._known_leaves.T).astype(np.float64)
+        return np.insert(plain, _TREE_KERNEL, shares, axis=0)
 
-def _fit_trees(inputs: NDArray[np.float32], targets: NDArray[np.float64]) -> xgboost.Booster:
+
+def _fit_trees(inputs: NDArray[np.float32], targets: Array, weights: Array) -> xgboost.Booster:
     import xgboost
 
-    data = xgboost.DMatrix(inputs, targets, nthread=1)
+    data = xgboost.DMatrix(inputs, targets, weight=weights, nthread=1)
     # xgboost.train would copy the booster at the end, which takes as long as eight trees.
     booster = xgboost.Booster(_TREE_PARAMS, [data])
     for iteration in range(_N_TREES):
@@ -222,12 +290,10 @@ def _fit_trees(inputs: NDArray[np.float32], targets: NDArray[np.float64]) -> xgb
     return booster
 
 
-def _posteriors(
-    kernels: NDArray[np.float64], targets: NDArray[np.float64], mixtures: NDArray[np.float64]
-) -> list[_Posterior]:
-    """Conditions hyperparameter settings on the targets; keeps the likely ones.
+def _posteriors(kernels: Array, task: _Task, mixtures: Array) -> list[_Posterior]:
+    """Conditions hyperparameter settings on the residuals; keeps the likely ones.
 
-    ``kernels`` may have more rows than there are targets: the rest are pending configurations.
+    ``kernels`` may have more rows than there are residuals: the rest are pending configurations.
     """
     if len(kernels) > mixtures.shape[1]:
         # Every mixture once without and once half made of the kernel on described features.
@@ -235,38 +301,44 @@ def _posteriors(
         mixtures = np.concatenate([without, 0.5 * without + 0.5 * np.eye(len(kernels))[-1]])
     # All mixtures with the middle noise, then the other noises with the likeliest mixtures.
     low, middle, high = _NOISES
-    fits = [_condition(kernels, targets, mixture, middle) for mixture in mixtures]
-    fits.sort(key=lambda fit: -fit.log_evidence)
+    fits = [_condition(kernels, task, mixture, middle) for mixture in mixtures]
+    fits.sort(key=lambda fit: -fit.log_evidence.max())
     for fit in fits[:_N_REFINED]:
-        fits += [_condition(kernels, targets, fit.mixture, noise) for noise in (low, high)]
-    fits.sort(key=lambda fit: -fit.log_evidence)
+        for noise in (low, high):
+            fits.append(_condition(kernels, task, fit.mixture, noise))
+    fits.sort(key=lambda fit: -fit.log_evidence.max())
     return fits[:_N_AVERAGED]
 
 
-def _condition(
-    kernels: NDArray[np.float64],
-    targets: NDArray[np.float64],
-    mixture: NDArray[np.float64],
-    noise: float,
-) -> _Posterior:
+def _condition(kernels: Array, task: _Task, mixture: Array, noise: float) -> _Posterior:
     """The posterior under one hyperparameter setting.
 
     The amplitude is integrated out under a scaled inverse chi-squared prior worth two trials of
-    variance 1, so the marginal likelihood is that of a Student t distribution.
+    variance 1, so the marginal likelihood is that of a Student t distribution. Targets are roughly
+    standardised, so what is known of their noise counts as a share of the kernel's variance.
     """
-    n_trials, n_known = len(targets), kernels.shape[1]
+    n_trials, n_known = len(task.residuals), kernels.shape[1]
     covariance = np.tensordot(mixture, kernels, axes=1) + _CONSTANT
-    covariance[np.diag_indices(n_known)] += noise
+    diagonal = np.full(n_known, noise)
+    diagonal[:n_trials] += task.noise
+    covariance[np.diag_indices(n_known)] += diagonal
     cholesky = np.linalg.cholesky(covariance).astype(np.float64, copy=False)
-    whitened = np.zeros(n_known)
+    whitened = np.zeros((n_known, task.residuals.shape[1]))
     # Pending configurations come out as expected: their whitened residual stays zero.
     part = cholesky[:n_trials, :n_trials]
-    whitened[:n_trials] = solve_triangular(part, targets, lower=True, check_finite=False)
-    power = float(whitened @ whitened) + 2.0
+    whitened[:n_trials] = solve_triangular(part, task.residuals, lower=True, check_finite=False)
+    power = np.sum(whitened**2, axis=0) + 2.0
     return _Posterior(
         mixture=mixture,
         cholesky=cholesky,
         alpha=solve_triangular(cholesky, whitened, lower=True, trans="T", check_finite=False),
         variance=power / (n_trials + 2.0),
-        log_evidence=-0.5 * (n_trials + 2.0) * np.log(power) - np.log(np.diag(part)).sum(),
+        log_evidence=task.log_beliefs
+        - 0.5 * (n_trials + 2.0) * np.log(power)
+        - np.log(np.diag(part)).sum(),
     )
+
+
+def _softmax(log_weights: Array) -> Array:
+    weights = np.exp(log_weights - log_weights.max())
+    return np.asarray(weights / weights.sum())

@@ -60,6 +60,32 @@ class TargetTransform:
 
     def __call__(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Transforms values; float64 of any shape in and out."""
-        finite = np.nan_to_num(values, nan=np.nan, posinf=self.highest, neginf=self.lowest)
-        standard = (finite - self.center) / self.scale
+        standard = self._standardised(values)
         return np.where(standard > 1.0, 1.0 + np.log(np.maximum(standard, 1.0)), standard)
+
+    def slope(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How much a target changes with a value, where the values are; shapes as above."""
+        return 1.0 / (self.scale * np.maximum(self._standardised(values), 1.0))
+
+    def _standardised(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        finite = np.nan_to_num(values, nan=np.nan, posinf=self.highest, neginf=self.lowest)
+        return np.asarray((finite - self.center) / self.scale)
+
+
+def center_and_spread(
+    columns: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of columns with gaps.
+
+    Args:
+        columns: float64 of shape (n_rows, n_columns), NaN where unknown.
+
+    Returns:
+        The means, 0 for a column of gaps, and the deviations, 1 for a constant column; each
+        float64 of shape (n_columns,).
+    """
+    known = ~np.isnan(columns)
+    n = np.maximum(known.sum(axis=0), 1)
+    center = np.where(known, columns, 0.0).sum(axis=0) / n
+    spread = np.sqrt((np.where(known, columns - center, 0.0) ** 2).sum(axis=0) / n)
+    return center, np.where(spread > 0.0, spread, 1.0)

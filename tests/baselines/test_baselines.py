@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
+from baselines import quantune_published
 from baselines import random
 
 
@@ -25,7 +27,20 @@ QUANTUNE: dict[str, BaseDistribution] = {
     "granularity": CategoricalDistribution(["tensor", "channel"]),
     "mixed_precision": CategoricalDistribution(["none", "first_last"]),
 }
-NAMES = ["random", "grid", "cma", "genetic", "tpe", "gp"]
+NAMES = [
+    "random",
+    "random_without_replacement",
+    "grid",
+    "brute_force",
+    "qmc",
+    "cma",
+    "genetic",
+    "genetic_50",
+    "tpe",
+    "gp",
+    "smac",
+    "quantune_published",
+]
 
 
 def create(name: str, search_space: dict[str, BaseDistribution], seed: int) -> Any:
@@ -33,6 +48,8 @@ def create(name: str, search_space: dict[str, BaseDistribution], seed: int) -> A
         pytest.importorskip("torch")
     if name == "cma":
         pytest.importorskip("cmaes")
+    if name == "smac":
+        pytest.importorskip("smac")
     return importlib.import_module(f"baselines.{name}").create(search_space, seed=seed)
 
 
@@ -62,6 +79,10 @@ def run(sampler: optuna.samplers.BaseSampler, n_trials: int, seed: int) -> optun
     return study
 
 
+def configurations(study: optuna.Study) -> list[tuple[Any, ...]]:
+    return [tuple(trial.params[name] for name in QUANTUNE) for trial in study.trials]
+
+
 def regret(study: optuna.Study, seed: int) -> float:
     effects = table(seed).values()
     best, worst = sum(e.min() for e in effects), sum(e.max() for e in effects)
@@ -70,7 +91,7 @@ def regret(study: optuna.Study, seed: int) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_seed_gives_the_same_trials(name: str) -> None:
-    n_trials = 13 if name == "gp" else 25
+    n_trials = {"gp": 13, "smac": 11}.get(name, 25)
     params = [
         [t.params for t in run(create(name, QUANTUNE, seed), n_trials, seed=0).trials]
         for seed in (1, 1, 2)
@@ -94,9 +115,10 @@ def test_is_no_worse_than_random_search_after_forty_trials(name: str) -> None:
     assert differences.mean() < 2 * standard_error
 
 
-def test_grid_visits_all_configurations_once_in_a_random_order() -> None:
-    study = run(create("grid", QUANTUNE, 0), 200, seed=0)
-    visited = [tuple(sorted(t.params.items(), key=str)) for t in study.trials]
+@pytest.mark.parametrize("name", ["random_without_replacement", "grid", "brute_force"])
+def test_visits_all_configurations_once_in_a_random_order(name: str) -> None:
+    study = run(create(name, QUANTUNE, 0), 200, seed=0)
+    visited = configurations(study)
     assert len(visited) == len(set(visited)) == 96
     first_knob = [t.params["calibration_images"] for t in study.trials[:32]]
     assert len(set(first_knob)) == 3
@@ -139,3 +161,90 @@ def test_cma_resumes_from_the_trials_of_the_study() -> None:
 def test_a_grid_over_a_continuous_parameter_is_refused() -> None:
     with pytest.raises(ValueError, match="rate"):
         create("grid", {"rate": FloatDistribution(0.0, 1.0)}, 0)
+
+
+def test_lexicographic_grid_is_nested_loops_and_ends() -> None:
+    study = run(create("grid_lexicographic", QUANTUNE, 0), 200, seed=0)
+    choices = [d.choices for d in QUANTUNE.values() if isinstance(d, CategoricalDistribution)]
+    assert configurations(study) == [
+        (a, b, c, d, e)
+        for a in choices[0]
+        for b in choices[1]
+        for c in choices[2]
+        for d in choices[3]
+        for e in choices[4]
+    ]
+
+
+def test_genetic_50_is_random_search_for_fifty_trials() -> None:
+    genetic = run(create("genetic_50", QUANTUNE, 4), 50, seed=0)
+    assert configurations(genetic) == configurations(run(random.create(QUANTUNE, seed=4), 50, 0))
+
+
+def test_published_quantune_repeats_nothing_and_ends() -> None:
+    visited = configurations(run(create("quantune_published", QUANTUNE, 0), 200, seed=0))
+    assert len(visited) == len(set(visited)) == 96
+
+
+def test_published_quantune_is_greedy_by_batches_after_random_trials() -> None:
+    """A study whose values are told as noise proposes the same until the batch is over."""
+    startup, batch = quantune_published.STARTUP_TRIALS, quantune_published.BATCH_SIZE
+    honest = run(create("quantune_published", QUANTUNE, 2), startup + 2 * batch, seed=2)
+    sampler = create("quantune_published", QUANTUNE, 2)
+    study = optuna.create_study(sampler=sampler)
+    for number, expected in enumerate(configurations(honest)):
+        trial = study.ask(QUANTUNE)
+        is_same = tuple(trial.params[name] for name in QUANTUNE) == expected
+        assert is_same or number >= startup + batch
+        value = honest.trials[number].value
+        assert value is not None
+        study.tell(trial, value if number < startup else 100.0 + number)
+    assert not is_same
+
+
+def test_published_quantune_beats_random_search_without_repeats() -> None:
+    differences = [
+        regret(run(create("quantune_published", QUANTUNE, seed), 22, seed), seed)
+        - regret(run(create("grid", QUANTUNE, seed), 22, seed), seed)
+        for seed in range(16)
+    ]
+    assert np.mean(differences) < -np.std(differences, ddof=1) / 4
+
+
+def test_published_quantune_begins_with_what_was_best_on_other_models() -> None:
+    effects = table(0)
+    grid = run(create("grid", QUANTUNE, 0), 96, seed=0)
+    record = quantune_published.ModelRecord(
+        architecture={"layers": 20.0},
+        float_value=1.0,
+        params=[trial.params for trial in grid.trials],
+        values=[-trial.value for trial in grid.trials if trial.value is not None],
+    )
+    model = quantune_published.ModelRecord(architecture={"layers": 40.0}, float_value=2.0)
+    sampler = quantune_published.create_with_transfer(
+        QUANTUNE, seed=5, model=model, sources=[record]
+    )
+    first = run(sampler, 1, seed=0).trials[0].value
+    best = sum(effect.min() for effect in effects.values())
+    worst = sum(effect.max() for effect in effects.values())
+    assert first is not None
+    assert (first - best) / (worst - best) < 0.1
+
+
+def test_auto_says_what_it_needs_when_it_cannot_be_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    optunahub = pytest.importorskip("optunahub")
+
+    def offline(package: str) -> None:
+        raise OSError(f"{package}: no network")
+
+    monkeypatch.setattr(optunahub, "load_module", offline)
+    with pytest.raises(ImportError, match=r"no network.*pip install optunahub cmaes scipy torch"):
+        create("auto", QUANTUNE, 0)
+
+
+def test_smac_says_what_it_needs_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "smac", None)
+    with pytest.raises(ImportError, match="pip install smac"):
+        importlib.import_module("baselines.smac").create(QUANTUNE, seed=0)

@@ -13,6 +13,7 @@ import pytest
 from onnx import helper
 from onnx import TensorProto
 
+from optuna_quantune import pipeline
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation import runner
 from optuna_quantune.evaluation.dataset import ArrayInputs
@@ -141,7 +142,8 @@ def test_batches_run_side_by_side_on_the_cores_that_the_session_leaves(
                 running.append(running[-1] - 1)
             return self.session.run(names, feed)
 
-    monkeypatch.setattr(runner, "available_cores", lambda: 3)
+    for module in (runner, pipeline):
+        monkeypatch.setattr(module, "available_cores", lambda: 3)
     session: Any = Session(make_session(linear_model(), threads=threads))
     assert len(run(session, ArrayInputs(X[:9]), batch_size=1)["logits"]) == 9
     assert max(running) == side_by_side

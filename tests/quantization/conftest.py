@@ -68,7 +68,7 @@ def toy_probe(
 ) -> Probe:
     feeds = [{"input": toy_inputs[i : i + 1]} for i in range(8)]
     quantizer = Quantizer(float_model, toy_statistics)
-    return probe(float_model, feeds, quantizer.clipping_ranges())
+    return probe(quantizer, feeds)
 
 
 def _make_quantizer(model: FloatModel, inputs: NDArray[np.float32]) -> Quantizer:

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +15,10 @@ import pytest
 from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization import calibration
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.calibration import CalibrationStatistics
+from optuna_quantune.quantization.calibration_store import load
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 
@@ -25,6 +32,7 @@ class Inputs:
     def __init__(self, array: NDArray[np.float32], fingerprint: str = "inputs") -> None:
         self.array = array
         self.read = 0
+        self.stop_after: int | None = None  # inputs that are read before Ctrl-C
         self._fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -37,6 +45,8 @@ class Inputs:
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             self.read += len(chosen)
+            if self.stop_after is not None and self.read > self.stop_after:
+                raise KeyboardInterrupt
             yield {"input": self.array[chosen]}
 
     def fingerprint(self) -> str:
@@ -100,6 +110,165 @@ def test_each_input_is_read_once_and_not_at_all_by_the_next_run(
             np.testing.assert_array_equal(old.bins, new.bins)
             np.testing.assert_array_equal(old.counts, new.counts)
             assert (old.minimum, old.maximum) == (new.minimum, new.maximum)
+
+
+def assert_same(found: CalibrationStatistics, expected: CalibrationStatistics) -> None:
+    assert found.sizes == expected.sizes
+    for tensor in TENSORS:
+        for one, other in zip(found.segments[tensor], expected.segments[tensor], strict=True):
+            np.testing.assert_array_equal(one.bins, other.bins)
+            np.testing.assert_array_equal(one.counts, other.counts)
+            assert (one.minimum, one.maximum) == (other.minimum, other.maximum)
+
+
+def progress_of(
+    model: FloatModel, inputs: Inputs, cache: Path
+) -> tuple[CalibrationStatistics, list[tuple[int, int]]]:
+    seen: list[tuple[int, int]] = []
+    statistics = calibrate(
+        model,
+        inputs,
+        TENSORS,
+        sizes=(1, 32, "all"),
+        cache=cache,
+        workers=1,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    return statistics, seen
+
+
+@pytest.mark.parametrize("stop_after", [1, 20, 33, 50, 76])
+def test_a_pass_stopped_by_ctrl_c_goes_on_where_it_was(
+    model: FloatModel,
+    toy_inputs: NDArray[np.float32],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int,
+) -> None:
+    monkeypatch.setattr(calibration, "_SAVE_SECONDS", 0.0)
+    stopped = Inputs(toy_inputs)
+    stopped.stop_after = stop_after
+    with pytest.raises(KeyboardInterrupt):
+        progress_of(model, stopped, tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] in ([], [".npz"])
+    resumed = Inputs(toy_inputs)
+    statistics, seen = progress_of(model, resumed, tmp_path)
+    assert seen == sorted(set(seen))
+    assert seen[-1] == (80, 80)
+    if stop_after >= 20:
+        assert seen[0][0] >= max(1, stop_after - 48)  # what was being worked on is done again
+        assert resumed.read <= 80 - seen[0][0] + 1
+    assert_same(statistics, collect(model, Inputs(toy_inputs)))
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from optuna_quantune.quantization import calibration
+from optuna_quantune.quantization.model import load_float_model
+
+class Inputs:
+    array = np.load(sys.argv[2])
+    def __len__(self): return len(self.array)
+    def fingerprint(self): return "inputs"
+    def batches(self, batch_size, indices=None):
+        for start in range(0, len(indices), batch_size):
+            yield {"input": self.array[indices[start : start + batch_size]]}
+
+def progress(done, total):
+    if done > 45:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+calibration._SAVE_SECONDS = 0.0
+calibration.calibrate(
+    load_float_model(sys.argv[1]), Inputs(), sys.argv[4].split(","),
+    sizes=(1, 32, "all"), cache=Path(sys.argv[3]), workers=1, progress=progress,
+)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_pass_whose_process_was_killed_goes_on_where_it_was_saved(
+    model: FloatModel, toy_model: Path, toy_inputs: NDArray[np.float32], tmp_path: Path
+) -> None:
+    array, cache = tmp_path / "inputs.npy", tmp_path / "cache"
+    np.save(array, toy_inputs)
+    command = [sys.executable, "-c", KILLED, *map(str, (toy_model, array, cache))]
+    command.append(",".join(TENSORS))
+    package = Path(calibration.__file__).parents[2]
+    process = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(package)}, timeout=120, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    inputs = Inputs(toy_inputs)
+    statistics, seen = progress_of(model, inputs, cache)
+    assert 30 <= seen[0][0] < 80
+    assert inputs.read == 80 - seen[0][0] + 1  # the first input says again what is large
+    assert_same(statistics, collect(model, Inputs(toy_inputs)))
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_store_damaged_anywhere_gives_the_right_statistics_or_none(
+    model: FloatModel,
+    toy_inputs: NDArray[np.float32],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    complete: bool,
+) -> None:
+    monkeypatch.setattr(calibration, "_SAVE_SECONDS", 0.0)
+    inputs = Inputs(toy_inputs)
+    if complete:
+        collect(model, inputs, tmp_path)
+    else:
+        inputs.stop_after = 50
+        with pytest.raises(KeyboardInterrupt):
+            progress_of(model, inputs, tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    expected = collect(model, Inputs(toy_inputs))
+    sound = load(path, expected.fingerprint, TENSORS, expected.sizes)
+    assert sound is not None
+    rng = np.random.default_rng(0)
+    used = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        if rng.random() < 0.2:
+            del damaged[int(rng.integers(len(damaged))) :]
+        else:
+            damaged[int(rng.integers(len(damaged)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(damaged))
+        found = load(path, expected.fingerprint, TENSORS, expected.sizes)
+        if found is None:
+            continue
+        used += 1  # the damage hit what npz does not need, dates for instance
+        assert found.done == sound.done
+        for tensor in TENSORS:
+            for one, other in zip(found.segments[tensor], sound.segments[tensor], strict=True):
+                np.testing.assert_array_equal(one.counts, other.counts)
+                np.testing.assert_array_equal(one.bins, other.bins)
+                assert (one.minimum, one.maximum) == (other.minimum, other.maximum)
+    assert used < 75
+    path.write_bytes(content[: len(content) // 2])
+    statistics, seen = progress_of(model, Inputs(toy_inputs), tmp_path)
+    assert seen[0] == (1, 80)
+    assert_same(statistics, expected)
+
+
+def test_a_failed_writing_leaves_no_file_and_the_error_names_the_folder(
+    model: FloatModel,
+    toy_inputs: NDArray[np.float32],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(file: object, **arrays: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(InputError, match="calibration cache .*cannot be written .No space left"):
+        collect(model, Inputs(toy_inputs), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_inputs_another_model_and_a_damaged_store_are_never_used(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader
+from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization import QuantFormat
 from onnxruntime.quantization import quantize_static
 from onnxruntime.quantization import QuantType
@@ -22,14 +23,16 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import channel_spread
 from optuna_quantune.quantization.lint import check_node_names
-from optuna_quantune.quantization.lint import detect_vnni
 from optuna_quantune.quantization.lint import Finding
+from optuna_quantune.quantization.lint import lint_config
 from optuna_quantune.quantization.lint import lint_model
+from optuna_quantune.quantization.lint import lint_options
 from optuna_quantune.quantization.lint import lint_quantized
 from optuna_quantune.quantization.lint import load_quantized
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.processor import detect_vnni
 from optuna_quantune.quantization.quantizer import Quantizer
 
 
@@ -251,19 +254,6 @@ def test_depthwise_layers_do_not_saturate(quantize: Quantize) -> None:
     assert "saturating-int8" not in rules(lint_quantized(depthwise, vnni=False))
 
 
-def test_vnni_is_read_from_the_processors_flags(tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    assert detect_vnni(cpuinfo) is None
-    for text, expected in (
-        ("flags\t\t: fpu avx2 avx512_vnni\n", True),
-        ("flags\t\t: fpu avx2 avx_vnni\n", True),
-        ("flags\t\t: fpu avx2\n", False),
-        ("Features\t: fp asimd\n", None),
-    ):
-        cpuinfo.write_text(text)
-        assert detect_vnni(cpuinfo) is expected
-
-
 def test_equal_scales_of_all_channels_are_found(quantize: Quantize, run: Run) -> None:
     rng = np.random.default_rng(0)
     weight = rng.uniform(-1, 1, (8, 4, 3, 3))
@@ -353,6 +343,38 @@ def test_large_weights_of_dead_channels_are_found(
     assert "dead-channel" not in rules(lint_model(alive))
 
 
+def test_weight_clipping_gives_dead_channels_no_levels(
+    float_model: FloatModel,
+    make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
+    toy_inputs: NDArray[np.float32],
+    run: Run,
+    tmp_path: Path,
+) -> None:
+    stem, bias, depthwise = (
+        float_model.weights[name].copy()
+        for name in ("stem.weight", "stem.bias", "depthwise.weight")
+    )
+    stem[4], bias[4] = 0.0, -0.1
+    depthwise[4] = 64 * np.abs(depthwise).max()
+    changes = {"stem_weight": stem, "stem_bias": bias, "depthwise_weight": depthwise}
+    model = changed_model(float_model, tmp_path, **changes)
+    quantizer = make_quantizer(model, toy_inputs)
+    reference = run(model.proto, toy_inputs)
+    whole, clipped = (
+        sqnr_db(
+            reference,
+            run(
+                quantizer.quantize(
+                    QuantizationConfig(granularity="tensor", weight_clipping=clipping)
+                ).proto,
+                toy_inputs,
+            ),
+        )
+        for clipping in ("max", "mse")
+    )
+    assert clipped > whole + 10
+
+
 def test_names_that_match_nothing_are_refused_where_onnx_runtime_ignores_them(
     quantize: Quantize, float_model: FloatModel
 ) -> None:
@@ -393,3 +415,108 @@ def test_a_model_that_cannot_be_loaded_is_a_clear_error(
     next(node for node in proto.graph.node if node.op_type == "Conv").op_type = "NoSuchOperator"
     with pytest.raises(InputError, match="ONNX Runtime cannot load the quantized model"):
         lint_quantized(proto, vnni=True)
+
+
+def test_knobs_without_effect_are_found(quantizer: Quantizer) -> None:
+    built: list[QuantizationConfig] = []
+
+    def digest(config: QuantizationConfig) -> str:
+        built.append(config)
+        return quantizer.quantize(config).digest
+
+    assert lint_config(QuantizationConfig(), digest) == []
+    config = QuantizationConfig(scheme="symmetric_power2", granularity="tensor", clipping="kl")
+    assert lint_config(config, digest) == []
+    # Powers of two are so coarse that no other range is better.
+    config = QuantizationConfig(
+        scheme="symmetric_power2", granularity="tensor", weight_clipping="mse"
+    )
+    (finding,) = lint_config(config, digest)
+    assert (finding.rule, finding.severity) == ("knob-without-effect", "info")
+    assert finding.message == "knob 'weight_clipping': 'mse' builds the very model that 'max' does"
+
+
+def test_options_that_onnx_runtime_does_not_read_are_found(
+    quantize: Quantize, float_model: FloatModel
+) -> None:
+    plain = quantize(float_model.proto)
+    assert quantize(float_model.proto, extra_options={"ActivationSymetric": True}) == plain
+    (finding,) = lint_options(extra_options={"ActivationSymetric": True})
+    assert finding.rule == "unknown-option"
+    assert "did you mean 'ActivationSymmetric'?" in finding.message
+    assert lint_options(extra_options={"ActivationSymmetric": True}) == []
+
+
+def test_asymmetric_weights_for_each_channel_are_found_to_be_symmetric(
+    quantize: Quantize, float_model: FloatModel
+) -> None:
+    options = {"WeightSymmetric": False}
+    assert quantize(float_model.proto, extra_options=options) == quantize(float_model.proto)
+    assert rules(lint_options(per_channel=True, extra_options=options)) == [
+        "option-without-effect"
+    ]
+    tensor = quantize(float_model.proto, per_channel=False, extra_options=options)
+    assert tensor != quantize(float_model.proto, per_channel=False)
+    assert lint_options(per_channel=False, extra_options=options) == []
+
+
+def test_restricted_asymmetric_activations_are_found_to_need_uint8(
+    quantize: Quantize, float_model: FloatModel
+) -> None:
+    options = {"ActivationRestrictedAsymmetric": True}
+    for kind, found in ((QuantType.QInt8, True), (QuantType.QUInt8, False)):
+        plain = quantize(float_model.proto, activation_type=kind)
+        asked = quantize(float_model.proto, activation_type=kind, extra_options=options)
+        assert (plain == asked) == found
+        findings = lint_options(activation_type=kind, extra_options=options)
+        assert rules(findings) == ["option-without-effect"] * found
+
+
+def test_entropy_calibration_is_found_to_be_minimum_and_maximum(
+    quantize: Quantize, float_model: FloatModel
+) -> None:
+    plain = quantize(float_model.proto)
+    entropy = quantize(float_model.proto, calibrate_method=CalibrationMethod.Entropy)
+    percentile = quantize(
+        float_model.proto,
+        calibrate_method=CalibrationMethod.Percentile,
+        extra_options={"CalibPercentile": 99},
+    )
+    scales = [
+        {name: values for name, values in constants_of(proto).items() if name.endswith("_scale")}
+        for proto in (plain, entropy, percentile)
+    ]
+    np.testing.assert_allclose(scales[1]["input_scale"], scales[0]["input_scale"], rtol=0.02)
+    assert scales[2]["input_scale"] < 0.9 * scales[0]["input_scale"]
+    findings = lint_options(calibrate_method=CalibrationMethod.Entropy)
+    assert rules(findings) == ["option-without-effect"]
+    assert lint_options(calibrate_method=CalibrationMethod.Percentile) == []
+
+
+def test_symmetric_ranges_are_found_to_lose_activations(
+    quantize: Quantize, float_model: FloatModel
+) -> None:
+    options: dict[str, Any] = {"CalibTensorRangeSymmetric": True}
+    operators = {
+        node.op_type for node in quantize(float_model.proto, extra_options=options).graph.node
+    }
+    assert not {"Relu", "Clip"} & operators
+    assert rules(lint_options(extra_options=options)) == ["lost-activation"]
+    options["QDQKeepRemovableActivations"] = True
+    operators = {
+        node.op_type for node in quantize(float_model.proto, extra_options=options).graph.node
+    }
+    assert {"Relu", "Clip"} <= operators
+    assert lint_options(extra_options=options) == []
+
+
+def test_float_work_between_powers_of_two_is_found(
+    quantizer: Quantizer, float_model: FloatModel
+) -> None:
+    proto = quantizer.quantize(QuantizationConfig(scheme="symmetric_power2")).proto
+    assert lint_quantized(proto, float_model=float_model, vnni=True) == []
+    odd = with_constants(proto, {"six": np.array(6.01, dtype=np.float32)})
+    (finding,) = lint_quantized(odd, vnni=True)
+    assert (finding.rule, finding.severity) == ("not-integer-only", "info")
+    assert "'depthwise_relu6'" in finding.message
+    assert "a bound is not an integer" in finding.message

@@ -17,9 +17,9 @@ from optuna_quantune.quantization.config import MixedPrecision
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.model import Layer
-from optuna_quantune.quantization.noise import expected_agreement
 from optuna_quantune.quantization.noise import layer_error
 from optuna_quantune.quantization.noise import NoiseModel
+from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.noise import quantization_error
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.quantizer import Quantizer
@@ -43,21 +43,6 @@ def test_expected_error_is_the_error_of_really_quantizing(clip: float, levels: i
         np.mean(np.square(integers * scale - values)), rel=0.03
     )
     assert (clipping > rounding) == (clip < 2.0 or (clip < 3.0 and levels == 255))
-
-
-def test_expected_agreement_is_the_share_that_survives_simulated_noise() -> None:
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(4000, 2)) * 3.0
-    ordered = np.sort(logits, axis=1)
-    noise_power = 0.5
-    noisy = logits + rng.normal(scale=np.sqrt(noise_power), size=logits.shape)
-    survived = np.mean(noisy.argmax(axis=1) == logits.argmax(axis=1))
-    expected = expected_agreement(ordered[:, 1] - ordered[:, 0], noise_power)
-    assert expected == pytest.approx(survived, abs=0.015)
-
-
-def test_no_noise_changes_no_class() -> None:
-    assert expected_agreement(np.array([0.1, 5.0]), 0.0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -154,3 +139,66 @@ def test_float_layers_and_finer_scales_are_expected_to_be_less_noisy(
     assert total(scheme="asymmetric") < total(scheme="symmetric")
     assert total(scheme="symmetric") < total(scheme="symmetric_power2")
     assert total(bias_correction=True) < total(bias_correction=False)
+
+
+def test_a_layer_left_in_float_contributes_nothing_and_the_others_as_before(
+    quantizer: Quantizer, toy_probe: Probe
+) -> None:
+    noise = NoiseModel(quantizer, toy_probe)
+    config = QuantizationConfig(granularity="tensor")
+    whole = noise.predict_layers(config, ())
+    for layer in quantizer.model.layers:
+        partial = noise.predict_layers(config, (layer.name,))
+        assert set(whole.weights) - set(partial.weights) == {layer.weight}
+        assert all(partial.weights[name] == whole.weights[name] for name in partial.weights)
+        assert all(partial.rounding[name] == whole.rounding[name] for name in partial.rounding)
+        assert partial.total < whole.total
+
+
+def test_prediction_orders_sets_of_float_layers_as_measured_noise_does(
+    quantizer: Quantizer,
+    toy_inputs: NDArray[np.float32],
+    toy_probe: Probe,
+    run: Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]],
+) -> None:
+    names = [layer.name for layer in quantizer.model.layers]
+    config = QuantizationConfig(granularity="tensor")
+    reference = run(quantizer.model.proto, toy_inputs)
+    noise = NoiseModel(quantizer, toy_probe)
+    predicted, measured = [], []
+    for size in range(len(names)):
+        for chosen in itertools.combinations(names, size):
+            quantizer.float_layers = lambda config, chosen=chosen: chosen  # type: ignore[method-assign]
+            try:
+                outputs = run(quantizer.quantize(config).proto, toy_inputs)
+            finally:
+                del quantizer.float_layers
+            measured.append(np.mean(np.square(outputs - reference)))
+            predicted.append(noise.predict_layers(config, chosen).total)
+    assert spearmanr(predicted, measured).statistic > 0.9
+
+
+def test_noise_beyond_the_signal_does_not_add_up() -> None:
+    def predicted(weights: float) -> NoisePrediction:
+        parts = {"a": weights / 2, "b": weights / 2}
+        return NoisePrediction({"a": 0.01}, {"a": 0.02}, parts, {"a": 0.015}, weight_exponent=0.5)
+
+    assert predicted(0.4).total == pytest.approx(0.43)
+    assert predicted(1.0).total == pytest.approx(1.03)
+    assert predicted(9.0).total == pytest.approx(3.03)
+    # Without the part of the clipping that only scales the output, and not saturated.
+    assert predicted(9.0).confusion == pytest.approx(9.015)
+
+
+def test_a_prediction_does_not_depend_on_those_before_it(
+    quantizer: Quantizer, toy_probe: Probe
+) -> None:
+    configs = [
+        QuantizationConfig(calibration_images=images, scheme=scheme, clipping="kl")
+        for images in (1, "all")
+        for scheme in get_args(Scheme)
+    ]
+    forwards, backwards = NoiseModel(quantizer, toy_probe), NoiseModel(quantizer, toy_probe)
+    first = [forwards.predict(config) for config in configs]
+    second = [backwards.predict(config) for config in reversed(configs)]
+    assert first == second[::-1]

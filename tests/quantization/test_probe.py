@@ -9,16 +9,23 @@ from numpy.typing import NDArray
 from onnx import helper
 from onnx import numpy_helper
 
-from optuna_quantune.quantization.calibration import CalibrationStatistics
-from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.quantization.calibration import calibrate
+from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.probe import probe
+from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.quantizer import required_activations
 
 
 def two_layers(
-    folder: Path, first: NDArray[np.float32], second: NDArray[np.float32]
-) -> FloatModel:
+    folder: Path,
+    first: NDArray[np.float32],
+    second: NDArray[np.float32],
+    inputs: NDArray[np.float32],
+) -> Quantizer:
     nodes = [
         helper.make_node("MatMul", ["x", "first"], ["h"], name="first"),
         helper.make_node("MatMul", ["h", "second"], ["y"], name="second"),
@@ -32,28 +39,75 @@ def two_layers(
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     onnx.save(model, folder / "linear.onnx")
-    return load_float_model(folder / "linear.onnx")
+    prepared = load_float_model(folder / "linear.onnx")
+    tensors = required_activations(place(prepared))
+    statistics = calibrate(prepared, ArrayInputs({"x": inputs}), tensors, sizes=("all",))
+    return Quantizer(prepared, statistics)
 
 
-def whole(*tensors: str) -> dict[str, tuple[float, float]]:
-    return dict.fromkeys(tensors, (-1e9, 1e9))
+def one_by_one(inputs: NDArray[np.float32], number: int) -> list[dict[str, NDArray[np.float32]]]:
+    return [{"x": inputs[i : i + 1]} for i in range(number)]
 
 
 def test_gains_of_a_linear_model_are_those_of_its_matrices(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     first = rng.standard_normal((400, 300)).astype(np.float32) / 20
     second = rng.standard_normal((300, 500)).astype(np.float32)
-    model = two_layers(tmp_path, first, second)
-    inputs = [{"x": rng.standard_normal((1, 400)).astype(np.float32)} for _ in range(8)]
-    found = probe(model, inputs, whole("x", "h", "y"))
+    inputs = rng.standard_normal((64, 400)).astype(np.float32)
+    found = probe(two_layers(tmp_path, first, second, inputs), one_by_one(inputs, 8))
     expected = {"x": first @ second, "h": second, "y": np.eye(500)}
     for tensor, matrix in expected.items():
-        # White noise of power 1 in every input gives each output the squared norm of its column.
+        # A rounding error of power 1 in every input gives each output the squared norm of its
+        # column: errors of different values have nothing to do with each other.
         gain = np.mean(np.square(matrix).sum(axis=0))
-        assert found.noise_gain[tensor] == pytest.approx(gain, rel=0.1)
-    assert found.noise_gain["y"] == pytest.approx(1.0, rel=1e-3)
-    outputs = np.concatenate([feed["x"] for feed in inputs]) @ first @ second
+        assert found.rounding_gain[tensor] == pytest.approx(gain, rel=0.1)
+    outputs = inputs[:8] @ first @ second
     assert found.output_power == pytest.approx(np.mean(np.square(outputs)), rel=1e-3)
+
+
+def test_noise_of_a_weight_is_that_of_running_the_model_with_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    spread = np.exp(rng.standard_normal(30)).astype(np.float32)
+    first = rng.standard_normal((40, 30)).astype(np.float32) * spread
+    second = rng.standard_normal((30, 20)).astype(np.float32) / spread[:, None]
+    inputs = rng.standard_normal((64, 40)).astype(np.float32)
+    quantizer = two_layers(tmp_path, first, second, inputs)
+    found = probe(quantizer, one_by_one(inputs, 8))
+    constants = quantizer.plan(QuantizationConfig(granularity="tensor")).constants
+    wrong = {
+        layer.weight: quantizer.model.weights[layer.weight]
+        + quantizer.weight_error(layer, constants[layer.weight])
+        for layer in quantizer.model.layers
+    }
+    exact = inputs[:8] @ first @ second
+    errors = {
+        "first": inputs[:8] @ wrong["first"] @ second - exact,
+        "second": inputs[:8] @ first @ wrong["second"] - exact,
+    }
+    assert not found.all_weights_noise  # what each weight does may be added up
+    for weight, error in errors.items():
+        assert found.weight_noise[weight] == pytest.approx(np.mean(np.square(error)), rel=1e-3)
+
+
+def test_weights_that_drown_the_signal_are_measured_together(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    spread = np.exp(4.0 * rng.standard_normal(30)).astype(np.float32)
+    first = rng.standard_normal((40, 30)).astype(np.float32) * spread
+    second = rng.standard_normal((30, 20)).astype(np.float32) / spread[:, None]
+    inputs = rng.standard_normal((64, 40)).astype(np.float32)
+    quantizer = two_layers(tmp_path, first, second, inputs)
+    found = probe(quantizer, one_by_one(inputs, 8))
+    constants = quantizer.plan(
+        QuantizationConfig(granularity="tensor", scheme="symmetric")
+    ).constants
+    wrong = [
+        quantizer.model.weights[layer.weight]
+        + quantizer.weight_error(layer, constants[layer.weight])
+        for layer in quantizer.model.layers
+    ]
+    error = inputs[:8] @ wrong[0] @ wrong[1] - inputs[:8] @ first @ second
+    together = found.all_weights_noise["symmetric"]
+    assert together == pytest.approx(np.mean(np.square(error)), rel=1e-3)
 
 
 def test_moments_are_those_of_the_inputs_of_each_layer(
@@ -69,22 +123,12 @@ def test_moments_are_those_of_the_inputs_of_each_layer(
     assert toy_probe.channel_mean["head"].shape == (16,)
 
 
-def test_the_same_seed_gives_the_same_gains(
-    float_model: FloatModel,
-    toy_statistics: CalibrationStatistics,
-    toy_inputs: NDArray[np.float32],
-) -> None:
-    feeds = [{"input": toy_inputs[i : i + 1]} for i in range(3)]
-    ranges = whole(*toy_statistics.segments)
-    runs = [probe(float_model, feeds, ranges, seed=seed) for seed in (0, 0, 1)]
-    assert runs[0].noise_gain == pytest.approx(runs[1].noise_gain, rel=1e-6)
-    assert runs[0].noise_gain != pytest.approx(runs[2].noise_gain, rel=1e-6)
-
-
 def test_a_tensor_that_is_always_zero_gains_nothing(tmp_path: Path) -> None:
-    model = two_layers(tmp_path, np.zeros((4, 4), np.float32), np.ones((4, 4), np.float32))
-    found = probe(model, [{"x": np.ones((1, 4), dtype=np.float32)}], whole("x", "h", "y"))
-    assert found.noise_gain["h"] == 0.0
+    inputs = np.ones((2, 4), dtype=np.float32)
+    zeros, ones = np.zeros((4, 4), np.float32), np.ones((4, 4), np.float32)
+    found = probe(two_layers(tmp_path, zeros, ones, inputs), one_by_one(inputs, 1))
+    assert found.rounding_gain["h"] == 0.0
+    assert found.clipping_gain["h"] == 0.0
 
 
 def test_a_channel_that_is_never_active_bears_no_noise(tmp_path: Path) -> None:
@@ -93,21 +137,40 @@ def test_a_channel_that_is_never_active_bears_no_noise(tmp_path: Path) -> None:
     second = rng.standard_normal((200, 400)).astype(np.float32)
     first[:, :100] = 0.0  # these channels of h are always 0,
     second[:100] *= 1e4  # and what follows would amplify noise in them
-    model = two_layers(tmp_path, first, second)
-    inputs = [{"x": rng.standard_normal((1, 300)).astype(np.float32)} for _ in range(4)]
-    found = probe(model, inputs, whole("x", "h", "y"))
+    inputs = rng.standard_normal((16, 300)).astype(np.float32)
+    found = probe(two_layers(tmp_path, first, second, inputs), one_by_one(inputs, 4))
     # Per unit of mean power over all values the active half bears twice the power.
     expected = 2 * np.mean(np.square(second[100:]).sum(axis=0))
-    assert found.noise_gain["h"] == pytest.approx(expected, rel=0.15)
+    assert found.rounding_gain["h"] == pytest.approx(expected, rel=0.15)
 
 
-def test_clipping_is_probed_with_the_range_that_is_given(tmp_path: Path) -> None:
+def test_clipping_is_probed_with_a_range_that_clips(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     second = np.ones((64, 8), dtype=np.float32)  # a sum: errors of one sign add up
-    model = two_layers(tmp_path, np.eye(64, dtype=np.float32), second)
-    inputs = [{"x": np.abs(rng.standard_normal((1, 64))).astype(np.float32)}]
-    found = probe(model, inputs, {"x": (0.0, 0.5), "h": (0.0, 0.5), "y": (-1e9, 1e9)})
-    error = np.minimum(inputs[0]["x"], 0.5) - inputs[0]["x"]
+    inputs = np.abs(rng.standard_t(2, (200, 64))).astype(np.float32)
+    worst = np.argsort(-inputs.max(axis=1))
+    inputs = inputs[worst]
+    quantizer = two_layers(tmp_path, np.eye(64, dtype=np.float32), second, inputs)
+    found = probe(quantizer, one_by_one(inputs, 1))
+    error = np.clip(inputs[:1], *quantizer.clipping_ranges()["h"]) - inputs[:1]
+    assert np.any(error)
     expected = np.square(error.sum()) / np.mean(np.square(error))
     assert found.clipping_gain["h"] == pytest.approx(expected, rel=1e-3)
-    assert found.clipping_gain["h"] > 10 * found.noise_gain["h"]
+    # All outputs are the same sum: what is lost of it is lost of all of them.
+    assert found.clipping_scaling["h"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_clipping_counts_as_scaling_as_far_as_a_line_explains_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    identity = np.eye(64, dtype=np.float32)
+    inputs = np.abs(rng.standard_t(2, (200, 64))).astype(np.float32)
+    inputs = inputs[np.argsort(-inputs.max(axis=1))]
+    quantizer = two_layers(tmp_path, identity, identity, inputs)
+    found = probe(quantizer, one_by_one(inputs, 1))
+    value = inputs[0].astype(np.float64)
+    error = np.clip(value, *quantizer.clipping_ranges()["h"]) - value
+    line = np.stack([np.ones(64), value], axis=1)
+    explained = line @ np.linalg.lstsq(line, error)[0]
+    share = np.mean(np.square(explained)) / np.mean(np.square(error))
+    assert 0.1 < share < 0.999
+    assert found.clipping_scaling["h"] == pytest.approx(share, rel=1e-3)

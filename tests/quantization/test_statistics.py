@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from optuna_quantune.quantization.statistics import Accumulator
 from optuna_quantune.quantization.statistics import BINS
 from optuna_quantune.quantization.statistics import count_into
 from optuna_quantune.quantization.statistics import Counts
 from optuna_quantune.quantization.statistics import from_dense
+from optuna_quantune.quantization.statistics import Tail
 
 
 def counts_of(values: NDArray[np.float32]) -> Counts:
@@ -72,3 +74,67 @@ def test_constant_tensor_has_its_value_as_both_extremes() -> None:
     histogram = counts_of(np.full(10, 3.25, dtype=np.float32)).histogram()
     assert (histogram.minimum, histogram.maximum) == (3.25, 3.25)
     assert histogram.mean_square == pytest.approx(3.25**2)
+
+
+def accumulated(
+    values: NDArray[np.float32], *, step: int, bounds: tuple[float, float] | None
+) -> Counts:
+    """What is counted when every `step`-th value and both tails are seen, in many small parts."""
+    accumulator = Accumulator()
+    for part in np.array_split(values, 40):
+        accumulator.extend(float(part.min()), float(part.max()))
+        lower, upper = (
+            (None, None)
+            if bounds is None
+            else (
+                Tail(part[part < bounds[0] * 0.5], bounds[0]),
+                Tail(part[part > bounds[1] * 0.5], bounds[1]),
+            )
+        )
+        accumulator.add(part[::step].copy(), weight=step, upper=upper, lower=lower)
+    return accumulator.counts()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_values_added_in_parts_are_counted_as_if_they_were_one_array(name: str) -> None:
+    values = SAMPLES[name].astype(np.float32)
+    found, expected = accumulated(values, step=1, bounds=None), counts_of(values)
+    np.testing.assert_array_equal(found.bins, expected.bins)
+    np.testing.assert_array_equal(found.counts, expected.counts)
+    assert (found.minimum, found.maximum) == (expected.minimum, expected.maximum)
+
+
+def test_tails_are_counted_value_by_value_and_the_body_by_its_sample() -> None:
+    values = SAMPLES["heavy tail"].astype(np.float32)
+    low, high = float(np.quantile(values, 1e-4)), float(np.quantile(values, 1.0 - 1e-4))
+    found = accumulated(values, step=9, bounds=(low, high)).histogram()
+    exact = counts_of(values).histogram()
+    for edges_of, counted in ((exact, exact.counts), (found, found.counts)):
+        assert edges_of.edges.size == counted.size + 1
+    outer = 1.01  # beyond the bin that the bound falls into
+    for sign, bound in ((1.0, high * outer), (-1.0, low * outer)):
+        beyond = exact.counts[sign * exact.edges[:-1] > abs(bound)].sum()
+        assert beyond > 20
+        assert found.counts[sign * found.edges[:-1] > abs(bound)].sum() == beyond
+    assert found.total == pytest.approx(values.size, rel=0.01)
+
+
+def test_counting_goes_on_from_counts() -> None:
+    first, second = SAMPLES["normal"].astype(np.float32), SAMPLES["relu"].astype(np.float32)
+    accumulator = Accumulator(counts_of(first))
+    accumulator.extend(float(second.min()), float(second.max()))
+    accumulator.add(second)
+    expected = counts_of(np.concatenate([first, second]))
+    np.testing.assert_array_equal(accumulator.counts().counts, expected.counts)
+    assert accumulator.counts().minimum == expected.minimum
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_is_noticed_even_within_a_sample(value: float) -> None:
+    accumulator = Accumulator()
+    accumulator.extend(-1.0, 1.0)
+    values = np.array([0.5, value, -0.5], dtype=np.float32)
+    tails = (Tail(values[:1], 0.25), Tail(values[2:], -0.25))
+    accumulator.add(values, weight=3, upper=tails[0], lower=tails[1])
+    accumulator.counts()
+    assert not accumulator.finite

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from optuna_quantune.search.encoding import SpaceEncoding
 from optuna_quantune.search.history import is_taken
 from optuna_quantune.search.history import publish_plan
+from optuna_quantune.search.history import published_features
 from optuna_quantune.search.history import read_history
 
 
@@ -77,7 +78,7 @@ def test_a_shorter_plan_replaces_a_longer_one() -> None:
 def test_a_plan_that_is_just_being_written_is_passed_over() -> None:
     study = optuna.create_study()
     frozen = study.ask()._cached_frozen_trial
-    study._storage.set_trial_system_attr(frozen._trial_id, "quantune:params:0", '{"n": 5, "c"')
+    study._storage.set_trial_system_attr(frozen._trial_id, "quantune:plan:0", '{"params": {"n"')
     assert len(read_history(study, ENCODING, None).pending) == 0
 
 
@@ -123,3 +124,43 @@ def test_a_plan_of_another_trial_takes_its_configuration(planned: int, taken: bo
     codes = np.array([1.0, 5.0])
     assert is_taken(study, ENCODING, codes, mine.number, frozenset()) is taken
     assert not is_taken(study, ENCODING, codes, mine.number, frozenset({other.number}))
+
+
+def _stopped(study: optuna.Study, n: int, **attributes: object) -> None:
+    study.add_trial(
+        create_trial(
+            state=optuna.trial.TrialState.PRUNED,
+            params={"n": n, "c": "a"},
+            distributions=SPACE,
+            intermediate_values={1: 0.9, 2: 0.4},
+            user_attrs=attributes,
+        )
+    )
+
+
+def test_a_stopped_trial_counts_as_its_latest_estimate_and_as_that_uncertain() -> None:
+    study = optuna.create_study(direction="maximize")
+    _stopped(study, 1, rungs=[[10, 0.5, 0.1, 0.9], [20, 0.6, 0.404, 0.796]])
+    _stopped(study, 2)
+    history = read_history(study, ENCODING, None)
+    np.testing.assert_allclose(history.values, [[-0.6], [-0.4]])
+    np.testing.assert_allclose(history.noise, [0.1, np.inf])
+
+
+def test_a_running_trial_counts_as_its_estimate_as_soon_as_it_has_one() -> None:
+    study = optuna.create_study()
+    trial = study.ask(dict(SPACE))
+    assert len(read_history(study, ENCODING, None).pending) == 1
+    trial.set_user_attr("rungs", [[10, 0.5, 0.3, 0.7]])
+    history = read_history(study, ENCODING, None)
+    assert len(history.pending) == 0
+    np.testing.assert_array_equal(history.values, [[0.5]])
+    assert len(history.seen) == 1
+
+
+def test_features_stay_with_the_trial() -> None:
+    study = optuna.create_study()
+    frozen = study.ask()._cached_frozen_trial
+    features = {f"layer{i:03d}": i / 7 for i in range(300)}
+    publish_plan(study, frozen, {"n": 5, "c": "b"}, {**features, "unknown": float("nan")})
+    assert published_features(study.trials[0]) == features

@@ -213,7 +213,9 @@ def test_a_right_prior_puts_the_best_configurations_first(scale: Any) -> None:
     )
     study.optimize(objective, n_trials=4)
     top = sorted((t.value for t in _all_trials() if t.value is not None), reverse=True)
-    assert np.mean([t.value for t in study.trials]) >= np.mean(top[:6])
+    assert study.trials[0].value == top[0]
+    # Once the best is known to be the best, only what is less certain can be better.
+    assert np.mean([t.value for t in study.trials]) >= np.mean(top[: SIZE // 2])
 
 
 def test_a_misleading_prior_is_learned_away() -> None:
@@ -484,10 +486,10 @@ def _work(path: str) -> None:
     study = optuna.load_study(
         study_name="shared", storage=storage, sampler=QuantuneSampler(SPACE, seed=0)
     )
-    study.optimize(objective, n_jobs=2)
+    study.optimize(objective)
 
 
-def test_two_processes_with_the_same_seed_measure_nothing_twice(tmp_path: Path) -> None:
+def test_four_processes_with_the_same_seed_measure_nothing_twice(tmp_path: Path) -> None:
     path = str(tmp_path / "journal.log")
     study = maximize(
         QuantuneSampler(SPACE),
@@ -495,7 +497,7 @@ def test_two_processes_with_the_same_seed_measure_nothing_twice(tmp_path: Path) 
         storage=JournalStorage(JournalFileBackend(path)),
     )
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(path,)) for _ in range(2)]
+    workers = [context.Process(target=_work, args=(path,)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -514,7 +516,7 @@ def test_plans_longer_than_a_storage_column_are_read_back(tmp_path: Path) -> Non
     value = first.suggest_categorical(names[0], ["int8", "f32"])
     attributes = study.trials[0].system_attrs
     assert max(len(str(v)) for v in attributes.values()) < 2046
-    assert sum(key.startswith("quantune:params") for key in attributes) > 1
+    assert sum(key.startswith("quantune:plan") for key in attributes) > 1
     # A second sampler sees the plan, not only the one parameter asked for.
     pending = read_history(study, SpaceEncoding(space), None).pending
     assert len(pending) == 1

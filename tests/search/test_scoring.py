@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
+from scipy.stats import spearmanr
 
 from optuna_quantune.search.configurations import Configurations
 from optuna_quantune.search.history import History
 from optuna_quantune.search.scoring import Scorer
+from optuna_quantune.search.sources import SourceStudy
 
 
 CONFIGURATIONS = Configurations(
@@ -22,6 +24,7 @@ def history(rows: list[int], values: list[float]) -> History:
     return History(
         codes=SPACE.codes[rows],
         values=np.array(values)[:, None],
+        noise=np.zeros(len(values)),
         constraints={},
         failed=NOTHING,
         pending=NOTHING,
@@ -31,7 +34,7 @@ def history(rows: list[int], values: list[float]) -> History:
 
 
 def scores(trials: History) -> NDArray[np.float64]:
-    return Scorer(CONFIGURATIONS, SPACE, trials, 1.0, np.ones(1)).score(SPACE)
+    return Scorer(CONFIGURATIONS, trials, np.ones(1)).score(CONFIGURATIONS.reference)
 
 
 def test_running_trials_lower_the_scores_around_them() -> None:
@@ -64,3 +67,68 @@ def test_a_long_history_keeps_its_best_and_its_latest_trials() -> None:
     rows = rng.integers(64, size=700).tolist()
     trials = history(rows, (SPACE.codes[rows].sum(axis=1) + rng.normal(size=700)).tolist())
     assert SPACE.codes[scores(trials).argmax()].sum() <= 2
+
+
+def test_an_uncertain_value_moves_the_scores_less_than_a_certain_one() -> None:
+    trials = history([0, 21, 42, 63], [0.0, 1.0, 2.0, 3.0])
+    bad = history([0, 21, 42, 63, 5], [0.0, 1.0, 2.0, 3.0, 9.0])
+    vague = dataclasses.replace(bad, noise=np.array([0.0, 0.0, 0.0, 0.0, 9.0]))
+    near = (SPACE.codes == SPACE.codes[5]).sum(axis=1) == 2
+    certain, uncertain = scores(bad) - scores(trials), scores(vague) - scores(trials)
+    assert certain[near].mean() < min(uncertain[near].mean(), 0.0)
+
+
+def test_an_estimate_is_nothing_to_be_improved_on() -> None:
+    """A pruned trial that looked far better than the best complete one, and is not believed."""
+    trials = history([0, 21, 42, 63], [0.0, 1.0, 2.0, 3.0])
+    vague = dataclasses.replace(
+        history([0, 21, 42, 63, 5], [0.0, 1.0, 2.0, 3.0, -9.0]),
+        noise=np.array([0.0, 0.0, 0.0, 0.0, np.inf]),
+    )
+    assert scores(vague).max() > scores(trials).max()
+
+
+def source(sign: float) -> SourceStudy:
+    """All configurations with the sum of their codes, or minus that."""
+    return SourceStudy(
+        name="source",
+        direction="minimize",
+        params=tuple(CONFIGURATIONS.encoding.decode(codes) for codes in SPACE.codes),
+        values=tuple(sign * SPACE.codes.sum(axis=1)),
+        features=({},) * len(SPACE),
+    )
+
+
+def agreement_with_cold_scores(sign: float, rows: list[int]) -> float:
+    """Rank correlation of the scores with a source and of those without."""
+    configurations = Configurations(
+        {name: CategoricalDistribution(range(4)) for name in "abc"},
+        None,
+        None,
+        {},
+        sources=[source(sign)],
+    )
+    trials = history(rows, SPACE.codes[rows].sum(axis=1).tolist())
+    scorer = Scorer(configurations, trials, np.ones(1))
+    return float(spearmanr(scorer.score(configurations.reference), scores(trials)).statistic)
+
+
+def test_a_source_that_the_trials_contradict_loses_its_say() -> None:
+    few, many = [0, 21], [0, 21, 38, 5, 57, 63, 14, 30, 44]
+    assert agreement_with_cold_scores(-1.0, many) > 0.95
+    assert agreement_with_cold_scores(-1.0, few) < agreement_with_cold_scores(-1.0, many)
+
+
+def test_a_source_that_the_trials_bear_out_decides() -> None:
+    configurations = Configurations(
+        {name: CategoricalDistribution(range(4)) for name in "abc"},
+        None,
+        None,
+        {},
+        sources=[source(1.0)],
+    )
+    rows = [21, 38, 57, 63, 30]
+    trials = history(rows, SPACE.codes[rows].sum(axis=1).tolist())
+    scorer = Scorer(configurations, trials, np.ones(1))
+    informed = scorer.score(configurations.reference)
+    assert SPACE.codes[informed.argmax()].sum() <= 1.0

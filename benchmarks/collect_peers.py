@@ -1,0 +1,124 @@
+"""Measures what the peers made, and writes the comparison.
+
+    python -m benchmarks.collect_peers TASKS RUNS
+
+RUNS is where the scripts of `benchmarks/peers` left their models and records. Every model is
+measured on the inputs that nothing was chosen by, with its latency beside the float model's.
+Results go to `benchmarks/results/peers/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.finished_model import describe
+from benchmarks.peers.task import Task
+
+
+RESULTS = Path(__file__).parent / "results" / "peers"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", type=Path)
+    parser.add_argument("runs", type=Path)
+    arguments = parser.parse_args()
+    records = []
+    for path in sorted(arguments.runs.glob("*.json")):
+        record = json.loads(path.read_text())
+        model = path.with_suffix(".onnx")
+        if model.is_file():
+            try:
+                record |= describe(Task.load(arguments.tasks / record["model"]), model)
+            except Exception as error:  # such as operators that ONNX Runtime does not have
+                record["ended"] += f"; its model does not run here ({error})"[:300]
+        records.append(record)
+    write(records, RESULTS)
+
+
+def write(records: list[dict[str, Any]], folder: Path) -> None:
+    """Writes runs.jsonl, README.md and one plot a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "\n".join(json.dumps(record) for record in records)
+    (folder / "runs.jsonl").write_text(lines + "\n")
+    text = [
+        "# Peers",
+        "",
+        "`python -m benchmarks.collect_peers TASKS RUNS`;",
+        f"{machine.as_markdown(machine.describe())}.",
+        "The runs of `benchmarks/peers`, each in its own environment.",
+        "",
+        "`best`: top-1 accuracy on the inputs that it chose by; `at`: seconds until that model",
+        "was measured; `held out`: of that model, or of the one that the tool returned, on the",
+        "other inputs, in points against float with the paired 95 % interval; `latency`: batch-1",
+        "latency over float's in ONNX Runtime; `memory`: peak beyond the inputs; `install`: size",
+        "of the environment; `load`: of the machine at the end.",
+        "",
+    ]
+    for model in dict.fromkeys(record["model"] for record in records):
+        chosen = [record for record in records if record["model"] == model]
+        text += [
+            f"## {model}",
+            "",
+            "| peer | models | seconds | best | at | held out, points | agreement | latency "
+            "| size | memory | install | load | ended |",
+            "| --- |" + " --- |" * 12,
+            *(row(record) for record in chosen),
+            "",
+            f"![accuracy over time]({model}.png)",
+            "",
+        ]
+        plot(chosen, folder / f"{model}.png")
+    (folder / "README.md").write_text("\n".join(text))
+
+
+def row(record: dict[str, Any]) -> str:
+    """One run as a line of Markdown."""
+    cells = [record["peer"], str(len(record["accuracies"])), f"{record['seconds']:.0f}"]
+    if record["accuracies"]:
+        at, best = max(record["accuracies"], key=lambda pair: (pair[1], -pair[0]))
+        cells += [f"{best:.4f}", f"{at:.0f}"]
+    else:
+        cells += ["-", "-"]
+    if "difference" in record:
+        value, low, high = (100 * end for end in record["difference"])
+        cells += [
+            f"{value:.2f} [{low:.2f}, {high:.2f}]",
+            f"{record['agreement_held_out']:.3f}",
+            f"{record['latency_ratio']:.2f}",
+            f"{record['size_ratio']:.2f}",
+        ]
+    else:
+        cells += ["-"] * 4
+    cells += [f"{record['memory_mb']} MB", f"{record['install_mb']} MB"]
+    cells += [str(record["load"]), record["ended"].replace("|", "/")]
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Best accuracy over time of the runs on one model."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
+    for record in (r for r in records if r["accuracies"]):
+        seconds, accuracies = np.array(record["accuracies"]).T
+        axes.step(
+            [*seconds, record["seconds"]],
+            [*np.maximum.accumulate(accuracies), accuracies.max()],
+            where="post",
+            label=record["peer"],
+        )
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("best top-1 so far, selecting inputs")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

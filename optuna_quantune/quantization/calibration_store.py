@@ -1,0 +1,139 @@
+"""Calibration statistics on disk, complete or as far as they got; never half written.
+
+A store belongs to one fingerprint (model, inputs, options). It is an npz file without pickles,
+which carries a checksum of each of its arrays. A file that is damaged, of something else or of
+another version counts as none.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.statistics import BINS
+from optuna_quantune.quantization.statistics import Counts
+
+
+@dataclass(frozen=True)
+class StoredCounts:
+    """What a calibration has counted.
+
+    Attributes:
+        done: The number of inputs that were counted.
+        segments: For each activation its counts between one set size and the next; the last
+            segment may be incomplete.
+    """
+
+    done: int
+    segments: Mapping[str, tuple[Counts, ...]]
+
+
+def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCounts) -> None:
+    """Writes a store beside its final name and renames it.
+
+    Args:
+        path: The file to write; its folder is made.
+        fingerprint: What the statistics belong to.
+        sizes: The set sizes.
+        stored: What was counted.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    tensors = list(stored.segments)
+    flat = [counts for tensor in tensors for counts in stored.segments[tensor]]
+    half: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp", delete=False
+        ) as file:
+            half = Path(file.name)
+            np.savez_compressed(
+                file,
+                fingerprint=np.array(fingerprint),
+                tensors=np.array(tensors),
+                sizes=np.array(sizes),
+                done=np.array(stored.done),
+                occupied=np.array([counts.bins.size for counts in flat]),
+                bins=np.concatenate([counts.bins for counts in flat]),
+                counts=np.concatenate([counts.counts for counts in flat]),
+                extremes=np.array([(counts.minimum, counts.maximum) for counts in flat]),
+            )
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure could leave the name without content
+        half.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"calibration cache {path.parent}: cannot be written ({error.strerror})"
+        ) from error
+    finally:
+        if half is not None:
+            half.unlink(missing_ok=True)  # does nothing after the renaming
+
+
+def load(
+    path: Path, fingerprint: str, tensors: Sequence[str], sizes: Sequence[int]
+) -> StoredCounts | None:
+    """Reads a store; None if there is none that can be used.
+
+    Args:
+        path: The file.
+        fingerprint: What the statistics must belong to.
+        tensors: The activations that it must hold, in order.
+        sizes: The set sizes that it must have.
+    """
+    try:
+        # Opened here: np.load leaves a damaged file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as store:
+            if (
+                str(store["fingerprint"]) != fingerprint
+                or store["tensors"].tolist() != list(tensors)
+                or store["sizes"].tolist() != list(sizes)
+            ):
+                return None
+            done = int(store["done"])
+            ends = np.cumsum(store["occupied"])
+            bins = np.split(store["bins"], ends)
+            counts = np.split(store["counts"], ends)
+            extremes = store["extremes"].tolist()
+        begun = sum(size < done for size in sizes) + 1
+        flat = [
+            Counts(b, c, low, high)
+            for b, c, (low, high) in zip(bins[:-1], counts[:-1], extremes, strict=True)
+        ]
+        if not (
+            0 < done <= sizes[-1]
+            and len(flat) == begun * len(tensors)
+            and bins[-1].size == counts[-1].size == 0
+            and all(_sound(part) for part in flat)
+        ):
+            return None
+    except Exception:  # a damaged file can raise anything: zipfile, zlib, struct, numpy, memory
+        return None
+    segments = {
+        tensor: tuple(flat[i * begun : (i + 1) * begun]) for i, tensor in enumerate(tensors)
+    }
+    return StoredCounts(done, segments)
+
+
+def _sound(counts: Counts) -> bool:
+    """Whether these can be counts at all, whoever wrote them."""
+    bins = counts.bins.astype(np.int64)
+    return bool(
+        counts.bins.dtype == np.uint16
+        and counts.counts.dtype == np.int64
+        and bins.shape == counts.counts.shape
+        and 0 < bins.size <= BINS
+        and np.all(np.diff(bins) > 0)
+        and np.all(counts.counts > 0)
+        and np.isfinite(counts.minimum)
+        and counts.minimum <= counts.maximum < np.inf
+    )

@@ -1,0 +1,243 @@
+"""Models before and after the rewriting are run side by side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+from onnx import numpy_helper
+
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.quantization.calibration import calibrate
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.kernels import adapt
+from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.quantizer import Representation
+from optuna_quantune.quantization.quantizer import required_activations
+
+
+Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
+
+RNG = np.random.default_rng(0)
+INPUTS = RNG.standard_normal((6, 12, 8, 8)).astype(np.float32)
+
+
+def build(
+    nodes: list[onnx.NodeProto], constants: dict[str, NDArray[np.generic]], output: str
+) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "model",
+        [value("input", onnx.TensorProto.FLOAT, ["batch", 12, 8, 8])],
+        [value(output, onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 10
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def shuffled_block(*, shuffle_is_read_twice: bool = False) -> onnx.ModelProto:
+    """Grouped, depthwise and grouped convolution, the channels shuffled before the last one."""
+    make = helper.make_node
+    constants: dict[str, NDArray[np.generic]] = {
+        "apart": np.array([0, 3, 8, 8, 8]),
+        "together": np.array([-1, 24, 8, 8]),
+    }
+    shapes = {"first": (24, 4, 1, 1), "depth": (24, 1, 3, 3), "last": (6, 8, 1, 1)}
+    for name, shape in shapes.items():
+        constants[f"{name}.weight"] = RNG.standard_normal(shape).astype(np.float32) / 3
+        constants[f"{name}.bias"] = RNG.standard_normal(shape[0]).astype(np.float32)
+    nodes = [
+        make("Conv", ["input", "first.weight", "first.bias"], ["a"], name="first", group=3),
+        make("Relu", ["a"], ["b"], name="relu"),
+        make(
+            "Conv",
+            ["b", "depth.weight", "depth.bias"],
+            ["c"],
+            name="depth",
+            group=24,
+            pads=[1] * 4,
+        ),
+        make("Reshape", ["c", "apart"], ["d"], name="apart"),
+        make("Transpose", ["d"], ["e"], name="swap", perm=[0, 2, 1, 3, 4]),
+        make("Reshape", ["e", "together"], ["f"], name="together"),
+        make("Conv", ["f", "last.weight", "last.bias"], ["g"], name="last", group=3),
+    ]
+    if shuffle_is_read_twice:
+        nodes += [
+            make("GlobalAveragePool", ["c"], ["h"], name="mean"),
+            make("GlobalAveragePool", ["g"], ["i"], name="other"),
+            make("Concat", ["h", "i"], ["j"], name="join", axis=1),
+        ]
+    return build(nodes, constants, nodes[-1].output[0])
+
+
+def quantizers(model: onnx.ModelProto, folder: Path) -> tuple[Quantizer, Quantizer]:
+    onnx.save(model, folder / "model.onnx")
+    prepared = load_float_model(folder / "model.onnx")
+    placement = place(prepared)
+    statistics = calibrate(
+        prepared,
+        ArrayInputs({"input": INPUTS}),
+        required_activations(placement),
+        sizes=("all",),
+    )
+    plain, written = Representation(), Representation(for_kernels=True)
+    return (
+        Quantizer(prepared, statistics, representation=plain),
+        Quantizer(prepared, statistics, representation=written),
+    )
+
+
+def operators(proto: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in proto.graph.node)
+
+
+def groups(proto: onnx.ModelProto) -> dict[str, int]:
+    return {
+        node.name: next((a.i for a in node.attribute if a.name == "group"), 1)
+        for node in proto.graph.node
+        if node.op_type == "Conv"
+    }
+
+
+@pytest.mark.parametrize("float_names", [(), ("depth",)])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_shuffle_becomes_an_order_of_weights_and_changes_nothing(
+    granularity: str, float_names: tuple[str, ...], tmp_path: Path, run: Run
+) -> None:
+    config = QuantizationConfig(granularity=granularity, float_layers=1)  # type: ignore[arg-type]
+    before, after = quantizers(shuffled_block(), tmp_path)
+    before.float_order = after.float_order = (float_names,)
+    plain, written = before.quantize(config).proto, after.quantize(config).proto
+    onnx.checker.check_model(written)
+    assert operators(plain)["Transpose"] == 1
+    assert not {"Reshape", "Transpose"} & set(operators(written))
+    assert groups(written) == {"first": 1, "depth": 24, "last": 1}
+    # Sums of float products may be taken in another order.
+    tolerance = 1e-5 if float_names else 0.0
+    np.testing.assert_allclose(run(written, INPUTS), run(plain, INPUTS), atol=tolerance)
+
+
+def test_a_float_convolution_keeps_its_groups_and_its_shuffle(tmp_path: Path, run: Run) -> None:
+    before, after = quantizers(shuffled_block(), tmp_path)
+    before.float_order = after.float_order = (("first", "depth"),)
+    config = QuantizationConfig(float_layers=1)
+    plain, written = before.quantize(config).proto, after.quantize(config).proto
+    assert operators(written)["Transpose"] == 1
+    assert groups(written) == {"first": 3, "depth": 24, "last": 1}
+    np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
+
+
+def test_a_shuffle_whose_input_is_read_elsewhere_stays(tmp_path: Path, run: Run) -> None:
+    before, after = quantizers(shuffled_block(shuffle_is_read_twice=True), tmp_path)
+    plain = before.quantize(QuantizationConfig()).proto
+    written = after.quantize(QuantizationConfig()).proto
+    assert operators(written)["Transpose"] == 1
+    np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
+
+
+def test_a_reshape_and_transpose_that_move_more_than_channels_stay(run: Run) -> None:
+    model = shuffled_block()
+    swap = next(node for node in model.graph.node if node.name == "swap")
+    swap.attribute[0].ints[:] = [0, 1, 2, 4, 3]
+    before = run(model, INPUTS)
+    adapt(model, {"c": (1, 24, 8, 8)})
+    assert operators(model)["Transpose"] == 1
+    np.testing.assert_allclose(run(model, INPUTS), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_lrn_without_powers_is_lrn(size: int, run: Run) -> None:
+    node = helper.make_node("LRN", ["input"], ["out"], size=size, alpha=0.9, beta=0.75, bias=1.3)
+    model = build([node], {}, "out")
+    expected = run(model, 3 * INPUTS)
+    adapt(model, {"input": (1, 12, 8, 8)})
+    assert "LRN" not in operators(model)
+    np.testing.assert_allclose(run(model, 3 * INPUTS), expected, rtol=1e-5)
+
+
+def test_lrn_with_another_exponent_stays() -> None:
+    model = build([helper.make_node("LRN", ["input"], ["out"], size=5, beta=0.5)], {}, "out")
+    adapt(model, {"input": (1, 12, 8, 8)})
+    assert operators(model) == {"LRN": 1}
+
+
+def test_no_pair_is_moved_across_a_float_maxpool(tmp_path: Path, run: Run) -> None:
+    weight = RNG.standard_normal((8, 12, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "stem"], ["a"], name="stem"),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
+        helper.make_node("MaxPool", ["b"], ["c"], name="pool", kernel_shape=[2, 2]),
+        helper.make_node("Conv", ["c", "last"], ["d"], name="last"),
+    ]
+    model = build(nodes, {"stem": weight, "last": weight[:, :8]}, "d")
+
+    def pool_type(proto: onnx.ModelProto) -> int:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        graph = onnx.load(tmp_path / "optimized.onnx").graph
+        pool = next(node for node in graph.node if node.op_type == "MaxPool")
+        writer = next(node for node in graph.node if pool.input[0] in node.output)
+        is_integer = writer.op_type == "QuantizeLinear"
+        return onnx.TensorProto.UINT8 if is_integer else onnx.TensorProto.FLOAT
+
+    before, after = quantizers(model, tmp_path)
+    before.float_order = after.float_order = (("stem",),)
+    config = QuantizationConfig(float_layers=1)
+    plain, written = before.quantize(config).proto, after.quantize(config).proto
+    assert pool_type(plain) == onnx.TensorProto.UINT8  # the trap
+    assert pool_type(written) == onnx.TensorProto.FLOAT
+    np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
+
+
+def test_a_float_head_does_not_wrap_every_convolution_in_transposes(
+    tmp_path: Path, run: Run
+) -> None:
+    make = helper.make_node
+    constants: dict[str, NDArray[np.generic]] = {}
+    nodes = []
+    stream = "input"
+    for name in ("stem", "one", "two", "three"):
+        constants[name] = RNG.standard_normal((12, 12, 3, 3)).astype(np.float32) / 10
+        nodes.append(make("Conv", [stream, name], [f"{name}.out"], name=name, pads=[1] * 4))
+        if name == "stem":
+            nodes.append(make("Relu", ["stem.out"], ["stem.relu"], name="relu"))
+            stream = "stem.relu"
+        else:
+            nodes.append(make("Add", [stream, f"{name}.out"], [f"{name}.sum"], name=f"{name}.add"))
+            stream = f"{name}.sum"
+    model = build(nodes, constants, stream)
+
+    def transposes(proto: onnx.ModelProto) -> int:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        return operators(onnx.load(tmp_path / "optimized.onnx"))["Transpose"]
+
+    before, after = quantizers(model, tmp_path)
+    before.float_order = after.float_order = (("stem",),)
+    config = QuantizationConfig(float_layers=1)
+    plain, written = before.quantize(config).proto, after.quantize(config).proto
+    assert transposes(plain) >= 6  # the trap: two for each convolution
+    assert transposes(written) <= 2
+    np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))

@@ -1,0 +1,157 @@
+"""What stays of the Q/DQ pairs when nodes are kept in float, beside `quantize_static`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationMethod
+from onnxruntime.quantization import quantize_static
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.calibrate import save_tensors_data
+from onnxruntime.quantization.calibrate import TensorData
+from onnxruntime.quantization.calibrate import TensorsData
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.quantizer import Quantizer
+
+
+Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
+
+LAYERS = ["stem", "depthwise", "project", "head"]
+NODES = [*LAYERS, "add", "mean"]
+
+
+def rounded_tensors(proto: onnx.ModelProto) -> set[str]:
+    return {
+        node.input[0].removesuffix("_QuantizeLinear_Input")
+        for node in proto.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+
+
+def excluded_by_onnxruntime(model: FloatModel, names: list[str], folder: Path) -> onnx.ModelProto:
+    tensors = [name for node in model.proto.graph.node for name in node.output] + ["input"]
+    value = TensorData(lowest=np.float32(0), highest=np.float32(1))
+    ranges = TensorsData(CalibrationMethod.MinMax, dict.fromkeys(tensors, value))
+    save_tensors_data(ranges, str(folder / "ranges.json"))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model.proto)
+    logging.disable(logging.WARNING)
+    try:
+        quantize_static(
+            copy,
+            str(folder / "excluded.onnx"),
+            None,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=names,
+            calibrate_method=CalibrationMethod.MinMax,
+            calibration_cache_path=str(folder / "ranges.json"),
+            extra_options={"QDQKeepRemovableActivations": True},
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    return onnx.load(folder / "excluded.onnx")
+
+
+def with_float(quantizer: Quantizer, names: tuple[str, ...]) -> onnx.ModelProto:
+    quantizer.float_order = (names,)
+    try:
+        return quantizer.quantize(QuantizationConfig(float_layers=1)).proto
+    finally:
+        quantizer.float_order = None
+
+
+@pytest.mark.parametrize("names", [[name] for name in NODES] + [["stem", "head"]])
+def test_pairs_stay_where_onnxruntime_leaves_them(
+    float_model: FloatModel, names: list[str], tmp_path: Path
+) -> None:
+    ours = place(float_model, float_nodes=names).template
+    theirs = excluded_by_onnxruntime(float_model, names, tmp_path)
+    # Behind a float Add, and before a float mean, the MaxPool is a float one, too; so is the
+    # Flatten before a float head.
+    expected = rounded_tensors(theirs)
+    if names == ["add"]:
+        expected = expected - {"sum"} | {"pooled"}
+    if names == ["mean"]:
+        expected -= {"pooled"}
+    if "head" in names:
+        expected -= {"features"}
+    assert rounded_tensors(ours) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_float_nodes_lose_no_accuracy_against_quantizing_them(
+    quantizer: Quantizer, toy_inputs: NDArray[np.float32], run: Run, size: int
+) -> None:
+    reference = run(quantizer.model.proto, toy_inputs)
+
+    def noise(names: tuple[str, ...]) -> float:
+        outputs = run(with_float(quantizer, names), toy_inputs)
+        return float(np.mean(np.square(outputs - reference)))
+
+    everything_rounded = noise(())
+    ratios = []
+    for names in itertools.combinations(NODES, size):
+        left = noise(names)
+        assert left <= 1.1 * everything_rounded, names
+        # Errors of two tensors may happen to cancel; on average less rounding is less noise.
+        ratios += [left / noise(names[:i] + names[i + 1 :]) for i in range(size)]
+    assert np.exp(np.mean(np.log(ratios))) < 0.95
+    assert max(ratios) < 1.5
+
+
+def test_a_model_that_is_float_altogether_is_the_float_model(
+    quantizer: Quantizer, toy_inputs: NDArray[np.float32], run: Run
+) -> None:
+    proto = with_float(quantizer, tuple(NODES))
+    assert not {node.op_type for node in proto.graph.node} & {"QuantizeLinear", "DequantizeLinear"}
+    assert {i.name for i in proto.graph.initializer} >= set(quantizer.model.weights)
+    np.testing.assert_array_equal(run(proto, toy_inputs), run(quantizer.model.proto, toy_inputs))
+
+
+def test_a_float_node_reads_what_a_float_node_wrote_and_not_its_rounded_copy(
+    quantizer: Quantizer,
+) -> None:
+    proto = with_float(quantizer, ("stem", "add"))
+    readers = {node.name: list(node.input) for node in proto.graph.node}
+    assert "stem.relu" in readers["add"]
+    assert "stem.relu" in rounded_tensors(proto)  # for the depthwise layer
+    assert readers["depthwise"][0] == "stem.relu_DequantizeLinear_Output"
+
+
+def test_float_layers_have_their_own_weights_and_biases(quantizer: Quantizer) -> None:
+    graph = with_float(quantizer, ("depthwise",)).graph
+    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    node = next(node for node in graph.node if node.name == "depthwise")
+    for name in node.input[1:]:
+        np.testing.assert_array_equal(constants[name], quantizer.model.weights[name])
+
+
+def test_the_last_layer_may_give_float_results_without_being_float(
+    quantizer: Quantizer, toy_inputs: NDArray[np.float32], run: Run
+) -> None:
+    whole = quantizer.quantize(QuantizationConfig()).proto
+    proto = with_float(quantizer, ("logits",))
+    assert rounded_tensors(whole) - rounded_tensors(proto) == {"logits"}
+    assert {i.name for i in proto.graph.initializer} >= {"head.weight_quantized"}
+    reference = run(quantizer.model.proto, toy_inputs)
+    finer, coarser = run(proto, toy_inputs), run(whole, toy_inputs)
+    assert np.mean((finer - reference) ** 2) < np.mean((coarser - reference) ** 2)
+
+
+def test_names_that_match_nothing_are_refused(float_model: FloatModel) -> None:
+    with pytest.raises(InputError, match="no node 'Stem'; did you mean 'stem'"):
+        place(float_model, float_nodes=["Stem"])

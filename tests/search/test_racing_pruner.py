@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import optuna
+import pytest
+from numpy.typing import NDArray
+from optuna.trial import TrialState
+
+from optuna_quantune.search.pruner import BAR_KEY
+from optuna_quantune.search.pruner import CORRECT_KEY
+from optuna_quantune.search.pruner import RacingPruner
+from optuna_quantune.search.pruner import RUNGS_KEY
+from optuna_quantune.search.pruner import SEEN_KEY
+
+
+N = 400
+LOOKS = (40, 100, 200, 400)
+
+
+def bits(values: NDArray[np.bool_]) -> str:
+    return np.packbits(values).tobytes().hex()
+
+
+def tell(
+    study: optuna.Study,
+    right: NDArray[np.bool_],
+    *,
+    width: float = 0.2,
+    leave_out: Sequence[str] = (),
+    bar: float | None = None,
+    violation: float | None = None,
+    seen: int = N,
+) -> TrialState:
+    """One trial that runs inputs in their order, `seen` at most; its interval shrinks."""
+    trial = study.ask()
+    sign = 1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
+    value = sign * float(right.mean())
+    rungs = []
+    if bar is not None:
+        trial.set_user_attr(BAR_KEY, sign * bar)
+    for step in LOOKS:
+        half = width * (1 - step / N)
+        rungs.append([step, value, value - half, value + half])
+        attributes = {
+            RUNGS_KEY: rungs,
+            CORRECT_KEY: bits(right),
+            SEEN_KEY: bits(np.arange(N) < min(step, seen)),
+        }
+        for name, attribute in attributes.items():
+            if name not in leave_out:
+                trial.set_user_attr(name, attribute)
+        trial.report(value, step)
+        if step < N and trial.should_prune():
+            study.tell(trial, state=TrialState.PRUNED)
+            return TrialState.PRUNED
+    if violation is not None:
+        trial.set_constraint("size", violation)
+    study.tell(trial, value)
+    return TrialState.COMPLETE
+
+
+@pytest.fixture(params=["maximize", "minimize"])
+def study(request: pytest.FixtureRequest) -> optuna.Study:
+    return optuna.create_study(direction=request.param, pruner=RacingPruner())
+
+
+def table(seed: int) -> NDArray[np.bool_]:
+    """Which of 400 inputs each of 30 configurations gets right; a third of them collapsed."""
+    rng = np.random.default_rng(seed)
+    common = rng.random(N) < 0.8
+    flips = rng.random((30, N)) < rng.choice([0.01, 0.05, 0.6], 30)[:, None]
+    return common ^ flips
+
+
+def test_the_best_of_a_table_is_never_pruned_and_collapsed_ones_are_at_once(
+    study: optuna.Study,
+) -> None:
+    for seed in range(5):
+        rows = table(seed)
+        study = optuna.create_study(direction=study.direction, pruner=RacingPruner())
+        states = [tell(study, row) for row in rows]
+        values = rows.mean(axis=1)
+        assert states[int(np.argmax(values))] == TrialState.COMPLETE
+        incumbent = np.maximum.accumulate(values)
+        collapsed = [i for i in range(1, 30) if values[i] < 0.6 and incumbent[i - 1] > 0.7]
+        assert collapsed
+        for i in collapsed:
+            assert states[i] == TrialState.PRUNED
+            assert (study.trials[i].last_step or N) <= 200
+
+
+def test_what_tells_nothing_is_never_pruned(study: optuna.Study) -> None:
+    good, bad = np.ones(N, np.bool_), np.zeros(N, np.bool_)
+    assert tell(study, bad, leave_out=[RUNGS_KEY]) == TrialState.COMPLETE
+    assert tell(study, good, leave_out=[RUNGS_KEY]) == TrialState.COMPLETE
+    # The incumbent has no interval, so that nothing can be compared with it.
+    assert tell(study, bad) == TrialState.COMPLETE
+    assert tell(study, good) == TrialState.COMPLETE
+
+
+def test_a_study_of_another_objective_runs_undisturbed() -> None:
+    study = optuna.create_study(pruner=RacingPruner())
+
+    def objective(trial: optuna.Trial) -> float:
+        for step in range(5):
+            trial.report(float(trial.number), step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return float(trial.number)
+
+    study.optimize(objective, n_trials=4)
+    assert all(trial.state == TrialState.COMPLETE for trial in study.trials)
+
+
+def test_with_a_confidence_a_difference_that_chance_explains_prunes_nothing(
+    study: optuna.Study,
+) -> None:
+    study.pruner = RacingPruner(confidence=0.95)
+    best = np.ones(N, np.bool_)
+    worse = best.copy()
+    worse[:4] = False  # four of four discordant inputs: a chance of 1 in 16
+    tell(study, best, width=0.0)
+    assert tell(study, worse, width=0.0) == TrialState.COMPLETE
+    much_worse = best.copy()
+    much_worse[:8] = False  # 1 in 256
+    assert tell(study, much_worse, width=0.0) == TrialState.PRUNED
+    study.pruner = RacingPruner()
+    assert tell(study, worse, width=0.0) == TrialState.PRUNED
+
+
+def test_only_inputs_that_both_have_run_count_in_the_test(study: optuna.Study) -> None:
+    study.pruner = RacingPruner(confidence=0.95)
+    best = np.ones(N, np.bool_)
+    worse = best.copy()
+    worse[150:] = False
+    tell(study, best, width=0.0)
+    assert tell(study, worse, width=0.0) == TrialState.PRUNED
+    assert study.trials[-1].last_step == 200  # among the first 100 none differs
+    raced = optuna.create_study(direction=study.direction, pruner=study.pruner)
+    tell(raced, best, width=0.0, seen=100)
+    assert tell(raced, worse, width=0.0) == TrialState.COMPLETE
+
+
+def test_without_bits_the_intervals_decide(study: optuna.Study) -> None:
+    study.pruner = RacingPruner(confidence=0.95)
+    best = np.ones(N, np.bool_)
+    worse = best.copy()
+    worse[:8] = False
+    leave_out = [CORRECT_KEY, SEEN_KEY]
+    tell(study, best, leave_out=leave_out)
+    assert tell(study, worse, leave_out=leave_out, width=0.2) == TrialState.COMPLETE
+    assert tell(study, worse, leave_out=leave_out, width=0.01) == TrialState.PRUNED
+
+
+def test_a_trial_above_the_bar_stays_and_one_below_goes() -> None:
+    study = optuna.create_study(direction="maximize", pruner=RacingPruner())
+    best = np.ones(N, np.bool_)
+    enough, too_few = best.copy(), best.copy()
+    enough[:20] = False
+    too_few[:60] = False
+    tell(study, best, bar=0.9)
+    assert tell(study, enough, bar=0.9, width=0.0) == TrialState.COMPLETE
+    assert tell(study, too_few, bar=0.9, width=0.0) == TrialState.PRUNED
+    assert tell(study, enough, width=0.0) == TrialState.PRUNED  # no bar: only the best counts
+
+
+def test_an_incumbent_that_violates_a_constraint_prunes_nothing(study: optuna.Study) -> None:
+    best, worse = np.ones(N, np.bool_), np.zeros(N, np.bool_)
+    tell(study, best, violation=0.1)
+    assert tell(study, worse) == TrialState.COMPLETE
+    tell(study, best, violation=-0.1)
+    assert tell(study, worse) == TrialState.PRUNED
+
+
+def test_a_confidence_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="confidence"):
+        RacingPruner(confidence=1.0)

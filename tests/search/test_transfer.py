@@ -1,0 +1,176 @@
+"""What studies with QuantuneSampler learn from earlier studies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import IntDistribution
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.search.encoding import SpaceEncoding
+from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.search.sources import SourceStudy
+from optuna_quantune.search.transfer import Transfer
+
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+SPACE: dict[str, BaseDistribution] = {
+    "scheme": CategoricalDistribution(["asymmetric", "symmetric", "power2"]),
+    "clipping": CategoricalDistribution(["max", "kl", "mse"]),
+    "granularity": CategoricalDistribution(["tensor", "channel"]),
+    "layers": IntDistribution(0, 3),
+}
+GRID = [
+    {"scheme": scheme, "clipping": clipping, "granularity": granularity, "layers": layers}
+    for scheme in ("asymmetric", "symmetric", "power2")
+    for clipping in ("max", "kl", "mse")
+    for granularity in ("tensor", "channel")
+    for layers in range(4)
+]
+
+
+def drop(params: Mapping[str, Any]) -> float:
+    """A made-up loss of accuracy; least for asymmetric, mse, channel, 3."""
+    loss = {"asymmetric": 0.0, "symmetric": 0.02, "power2": 0.1}[params["scheme"]]
+    loss += {"max": 0.05, "kl": 0.02, "mse": 0.0}[params["clipping"]]
+    loss += 0.3 if params["granularity"] == "tensor" else 0.0
+    return float(loss + 0.01 * (3 - params["layers"]))
+
+
+def recorded(
+    value: Callable[[Mapping[str, Any]], float], direction: Any = "minimize", **extra: Any
+) -> SourceStudy:
+    return SourceStudy(
+        name="recorded",
+        direction=direction,
+        params=tuple({**params, **extra} for params in GRID),
+        values=tuple(value(params) for params in GRID),
+        features=({},) * len(GRID),
+    )
+
+
+def regrets(
+    sources: Sequence[optuna.Study | SourceStudy], seed: int, n_trials: int = 1, **kwargs: Any
+) -> list[float]:
+    """Regret of the best configuration after each trial of a study that minimises the drop."""
+    sampler = QuantuneSampler(SPACE, source_studies=sources, seed=seed, **kwargs)
+    study = optuna.create_study(sampler=sampler)
+    for _ in range(n_trials):
+        trial = study.ask(SPACE)
+        study.tell(trial, drop(trial.params))
+    values = [trial.values[0] for trial in study.trials]
+    return list(np.minimum.accumulate(values))
+
+
+def test_the_best_of_an_earlier_study_is_first() -> None:
+    assert regrets([recorded(drop)], seed=0) == [0.0]
+
+
+def test_values_on_another_scale_and_in_another_direction_tell_the_same() -> None:
+    accuracy = recorded(lambda params: 80.0 - 100.0 * drop(params), "maximize")
+    assert regrets([accuracy], seed=0) == [0.0]
+
+
+def test_an_optuna_study_is_a_source() -> None:
+    study = optuna.create_study(sampler=QuantuneSampler(SPACE, seed=0))
+    for _ in range(40):
+        trial = study.ask(SPACE)
+        study.tell(trial, drop(trial.params))
+    assert regrets([study], seed=0) == [0.0]
+
+
+def test_spaces_share_the_knobs_that_they_share() -> None:
+    """The source lacks a knob, has one more, and values of a shared one that are unknown here."""
+    source = SourceStudy(
+        name="other space",
+        direction="minimize",
+        params=tuple(
+            {"scheme": p["scheme"], "clipping": c, "granularity": p["granularity"], "bits": 8}
+            for p in GRID
+            for c in ("percentile", p["clipping"])
+        ),
+        values=tuple(drop(p) + off for p in GRID for off in (0.2, 0.0)),
+        features=({},) * (2 * len(GRID)),
+    )
+    sampler = QuantuneSampler(SPACE, source_studies=[source], seed=0)
+    first = optuna.create_study(sampler=sampler).ask(SPACE).params
+    assert (first["scheme"], first["clipping"], first["granularity"]) == (
+        "asymmetric",
+        "mse",
+        "channel",
+    )
+
+
+def test_sources_add_to_a_prior_what_it_misses() -> None:
+    """The prior is blind to clipping, as it was in the sources; on other models, too."""
+
+    def blind(params: Mapping[str, Any]) -> dict[str, float]:
+        return {"prior": drop({**params, "clipping": "max"})}
+
+    def source(factor: float) -> SourceStudy:
+        return SourceStudy(
+            name="recorded",
+            direction="minimize",
+            params=tuple(GRID),
+            values=tuple(factor * drop(params) for params in GRID),
+            features=tuple({"prior": factor * blind(params)["prior"]} for params in GRID),
+        )
+
+    sampler = QuantuneSampler(
+        SPACE, features=blind, source_studies=[source(0.5), source(2.0)], seed=0
+    )
+    first = optuna.create_study(sampler=sampler).ask(SPACE).params
+    assert drop(first) == 0.0
+
+
+def test_a_source_that_contradicts_the_others_lowers_the_trust_in_all() -> None:
+    encoding = SpaceEncoding(SPACE)
+    codes = np.array([encoding.encode(params) for params in GRID])
+    inputs = encoding.tree_features(codes)
+    nothing = np.empty((len(GRID), 0))
+
+    def spread(*sources: SourceStudy) -> float:
+        return float(np.std(Transfer(sources, encoding, (), None).guess(inputs, nothing, None)))
+
+    like, unlike = recorded(drop), recorded(lambda params: -drop(params))
+    assert spread(like, like) > 0.5
+    assert spread(like, like, unlike) < 0.5 * spread(like, like)
+    assert spread(like, unlike) == 0.0
+
+
+@pytest.mark.parametrize("with_prior", [False, True], ids=["knobs", "prior"])
+def test_a_hostile_source_costs_nothing_after_twelve_trials(with_prior: bool) -> None:
+    """Values upside down: the mean regret is that of a cold search, within its own spread."""
+    features = {"features": lambda p: {"prior": drop({**p, "layers": 0})}} if with_prior else {}
+    hostile = [recorded(lambda params: -drop(params))] * 3
+    misled = [regrets(hostile, seed, 12, **features)[-1] for seed in range(6)]
+    cold = [regrets([], seed, 12, **features)[-1] for seed in range(6)]
+    assert np.mean(misled) <= np.mean(cold) + 0.01
+
+
+def test_a_source_with_hardly_any_trial_changes_nothing() -> None:
+    tiny = SourceStudy("tiny", "minimize", (GRID[0],), (0.0,), ({},))
+    assert regrets([tiny], seed=1, n_trials=6) == regrets([], seed=1, n_trials=6)
+
+
+def test_infinite_values_of_a_source_are_the_worst_or_best_there() -> None:
+    def collapsed(params: Mapping[str, Any]) -> float:
+        return float("inf") if params["granularity"] == "tensor" else drop(params)
+
+    assert regrets([recorded(collapsed)], seed=0) == [0.0]
+
+
+def test_a_source_that_does_not_fit_together_is_reported() -> None:
+    with pytest.raises(InputError, match="broken"):
+        SourceStudy("broken", "minimize", (GRID[0],), (0.0, 1.0), ({},))
+    with pytest.raises(InputError, match="NaN"):
+        SourceStudy("broken", "minimize", (GRID[0],), (float("nan"),), ({},))

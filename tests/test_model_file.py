@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import onnx
+import pytest
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.model_file import check_writable
+from optuna_quantune.model_file import write_model
+
+
+def test_a_written_model_is_whole_and_readable_as_other_files_are(
+    tmp_path: Path, toy_model: Path
+) -> None:
+    (tmp_path / "other").touch()
+    model = onnx.load(toy_model)
+    path = write_model(model, tmp_path / "model.onnx")
+    assert onnx.load(path) == model
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("other", "model.onnx")}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_halfway_leaves_the_old_model_and_nothing_else(
+    tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the old model")
+
+    def fail(self: Path, mode: int) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "chmod", fail)
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        write_model(onnx.load(toy_model), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert path.read_bytes() == b"the old model"
+
+
+def test_where_no_model_can_be_written_is_known_before(tmp_path: Path) -> None:
+    check_writable(tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="is a folder"):
+        check_writable(tmp_path)
+    with pytest.raises(InputError, match="cannot be written"):
+        check_writable(tmp_path / "missing" / "model.onnx")
