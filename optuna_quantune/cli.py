@@ -36,6 +36,7 @@ from optuna_quantune.importing import import_function
 from optuna_quantune.model_file import check_writable
 from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
+from optuna_quantune.objective import DEFAULT_PRECISION
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import Finding
@@ -135,6 +136,19 @@ def _search_options(n_trials: int) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for option in (
             click.option("--seed", default=0, help="Seed of sampler and split."),
+            click.option(
+                "--exact",
+                is_flag=True,
+                help="Run every trial on all inputs, unless it can no longer be the best.",
+            ),
+            click.option(
+                "--precision",
+                type=click.FloatRange(0, 1, min_open=True),
+                default=DEFAULT_PRECISION,
+                metavar="X",
+                help="A trial ends when its accuracy is certain to X (0.002 is 0.2 points, the "
+                "half width of the 95 % interval).",
+            ),
             click.option("--study-name", help="Name of the study in the storage."),
             click.option(
                 "--storage",

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import helper
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization import quantize_static
@@ -22,6 +23,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
 
@@ -155,3 +157,44 @@ def test_the_last_layer_may_give_float_results_without_being_float(
 def test_names_that_match_nothing_are_refused(float_model: FloatModel) -> None:
     with pytest.raises(InputError, match="no node 'Stem'; did you mean 'stem'"):
         place(float_model, float_nodes=["Stem"])
+
+
+def test_normalization_that_cannot_be_folded_is_quantized(
+    make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
+    run: Run,
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    constants = {
+        "scale": rng.uniform(0.5, 1.5, 4),
+        "shift": rng.normal(size=4),
+        "mean": rng.normal(size=4),
+        "variance": rng.uniform(0.5, 1.5, 4),
+        "weight": 0.2 * rng.normal(size=(3, 4, 3, 3)),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Relu", ["input"], ["rectified"], "relu"),
+            helper.make_node(
+                "BatchNormalization",
+                ["rectified", "scale", "shift", "mean", "variance"],
+                ["normalized"],
+                "normalize",
+            ),
+            helper.make_node("Relu", ["normalized"], ["again"], "relu_again"),
+            helper.make_node("Conv", ["again", "weight"], ["output"], "conv"),
+        ],
+        "normalization",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 4, 8, 8])],
+        [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["n", 3, 6, 6])],
+        [numpy_helper.from_array(v.astype(np.float32), name) for name, v in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(proto, tmp_path / "model.onnx")
+    inputs = rng.normal(size=(32, 4, 8, 8)).astype(np.float32)
+    model = load_float_model(tmp_path / "model.onnx")
+    quantized = make_quantizer(model, inputs).quantize(QuantizationConfig()).proto
+    assert "normalized" in rounded_tensors(quantized)
+    reference = run(model.proto, inputs)
+    noise = np.square(run(quantized, inputs) - reference).mean()
+    assert 10 * np.log10(np.square(reference).mean() / noise) > 20
