@@ -5,7 +5,8 @@
 DATA is a folder as in `benchmarks.record`. For each model and space `QuantuneSampler` looks for
 the configuration with the least output noise that is fast enough: batch-1 latency with one thread
 of at most 0.55 times the float model's, 0.8 for ShuffleNet, whose float model is the fastest. It
-sees 256 calibration images that calibration did not use (of CIFAR-10 other test images). A trial's
+sees 256 calibration images that calibration did not use (of CIFAR-10 other test images). How many
+steps of `float_layers` are fast enough is measured first, for they decide the latency. A trial's
 latency is a quick measurement; it is repeated for the best trials, from the best one down, until
 one is fast enough. That model is measured on the 1,000 labelled validation images (CIFAR-10: 2,000
 test images), and its latency once more, with one thread and with all.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import tempfile
 import time
@@ -28,6 +30,7 @@ import numpy as np
 import optuna
 import pandas as pd
 from numpy.typing import NDArray
+from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -51,6 +54,7 @@ from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.sensitivity import LONGEST_ORDER
 from optuna_quantune.selection import metric_value
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.tuning import make_sampler
@@ -111,16 +115,23 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
     path, calibration, validation = sources(name, arguments.data)
     bound = SLOWER.get(name, MAX_LATENCY)
     start = time.perf_counter()
-    objective = QuantizationObjective(
+    build = functools.partial(
+        QuantizationObjective,
         path,
         calibration=calibration,
         evaluation=choosing(name, arguments.data),
-        space=SearchSpace.preset(space),
         metric="sqnr_db",
         max_latency=bound,
         threads=1,
         cache=arguments.work / "cache",
     )
+    knobs = dict(SearchSpace.preset(space))
+    if "float_layers" in knobs:
+        steps = arguments.work / f"{name}-steps.json"  # an interrupted search keeps its space
+        if not steps.exists():
+            steps.write_text(json.dumps(affordable(build(space=SearchSpace(knobs)), bound)))
+        knobs["float_layers"] = CategoricalDistribution(json.loads(steps.read_text()))
+    objective = build(space=SearchSpace(knobs))
     journal = arguments.work / f"{name}-{space}.journal"
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(journal))),
@@ -147,6 +158,17 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def affordable(objective: QuantizationObjective, bound: float) -> list[int]:
+    """The numbers of float layers with which a model is fast enough, or the fastest one."""
+    ratios = []
+    for steps in range(LONGEST_ORDER + 1):
+        config = QuantizationConfig(float_layers=steps)
+        model = objective.quantize(config).proto.SerializeToString()
+        ratios.append(objective.latency(model, repeats=LATENCY_REPEATS).ratio)
+    fast = [steps for steps, ratio in enumerate(ratios) if ratio <= bound]
+    return fast or [int(np.argmin(ratios))]
+
+
 def choose(
     study: optuna.Study, objective: QuantizationObjective, bound: float
 ) -> tuple[QuantizationConfig, bytes]:
@@ -154,7 +176,7 @@ def choose(
     ranked = sorted(
         study.get_trials(states=(TrialState.COMPLETE,)), key=metric_value, reverse=True
     )
-    fast_once = [t for t in ranked if t.user_attrs["latency_ratio"] <= 1.1 * bound]
+    fast_once = [t for t in ranked if t.user_attrs.get("latency_ratio", 9.0) <= 1.1 * bound]
     fastest, found = np.inf, None
     for trial in (fast_once or ranked)[:CANDIDATES]:
         config = objective.space.config(trial.params)

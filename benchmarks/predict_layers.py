@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
@@ -87,8 +86,7 @@ def main() -> None:
         f"`python -m benchmarks.predict_layers DATA`; {machine.as_markdown(machine.describe())}.",
         "",
         "Random sets of layers in float, the rest with one scale for each weight, measured on",
-        f"{MEASURED_INPUTS} inputs that the probe did not see, without ONNX Runtime's optimizer",
-        "`WeightBiasQuantization`, which quantizes weights of float layers when it loads a model.",
+        f"{MEASURED_INPUTS} inputs that the probe did not see.",
         "`probe, float inferences`: its seconds over those of one float inference. `prediction`:",
         "of the 96 configurations of the `quantune` preset, once their tensors are known.",
         "",
@@ -149,16 +147,8 @@ def measure(name: str, data: Path, cache: Path | None, sets: int) -> pd.DataFram
 
 
 def outputs(proto: onnx.ModelProto, inputs: InputSource) -> NDArray[np.float32]:
-    """First output of a model for inputs behind those of the probe.
-
-    Unless told not to, ONNX Runtime quantizes the weight of a float layer between quantized ones
-    when it loads the model (``WeightBiasQuantization``): the layer would not be float at all.
-    """
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(),
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=["WeightBiasQuantization"],
-    )
+    """First output of a model for inputs behind those of the probe."""
+    session = make_session(proto.SerializeToString())
     wanted = np.arange(PROBE_INPUTS, PROBE_INPUTS + MEASURED_INPUTS)
     return np.concatenate([session.run(None, feed)[0] for feed in inputs.batches(1, wanted)])
 

@@ -195,7 +195,7 @@ def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[st
         for position, name in enumerate(node.output):
             node.output[position] = instead.get(name, name)
     kept = [node for node in graph.node if id(node) not in unused]
-    return _without_unused(placement, template, kept, model)
+    return _without_unused(placement, template, _shielded(kept, pairs.float_nodes), model)
 
 
 class _Pairs:
@@ -283,6 +283,29 @@ def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> se
         if behind and all(in_float(reader) for reader in behind):
             found.add(node.name)
     return found
+
+
+def _shielded(nodes: Sequence[onnx.NodeProto], float_nodes: Set[str]) -> list[onnx.NodeProto]:
+    """The nodes, with a Clip that clips nothing before each float layer that reads 8-bit values.
+
+    ONNX Runtime quantizes the float weight of a layer behind a DequantizeLinear when it loads a
+    model (``WeightBiasQuantization``, from the basic level of optimization on), with one scale for
+    all of it: the layer would be no float layer at all, and a worse one than a quantized one. The
+    Clip keeps the two apart, and nothing removes it.
+    """
+    dequantized = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"}
+    shielded: list[onnx.NodeProto] = []
+    for node in nodes:
+        if (
+            node.name in float_nodes
+            and node.op_type in ("Conv", "ConvTranspose", "Gemm")
+            and node.input[0] in dequantized
+        ):
+            name = f"{node.name}_float_input"
+            shielded.append(onnx.helper.make_node("Clip", [node.input[0]], [name], name))
+            node.input[0] = name
+        shielded.append(node)
+    return shielded
 
 
 def _without_unused(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import helper
@@ -198,3 +199,19 @@ def test_normalization_that_cannot_be_folded_is_quantized(
     reference = run(model.proto, inputs)
     noise = np.square(run(quantized, inputs) - reference).mean()
     assert 10 * np.log10(np.square(reference).mean() / noise) > 20
+
+
+def test_a_float_layer_between_quantized_ones_stays_float_when_it_is_loaded(
+    quantizer: Quantizer,
+    monkeypatch: pytest.MonkeyPatch,
+    toy_inputs: NDArray[np.float32],
+    run: Run,
+) -> None:
+    monkeypatch.setattr(Quantizer, "float_layers", lambda *_: ("depthwise",))
+    proto = quantizer.quantize(QuantizationConfig()).proto
+    as_written = onnxruntime.InferenceSession(
+        proto.SerializeToString(), disabled_optimizers=["WeightBiasQuantization"]
+    )
+    np.testing.assert_array_equal(
+        run(proto, toy_inputs), as_written.run(None, {"input": toy_inputs})[0]
+    )
