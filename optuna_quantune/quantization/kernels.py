@@ -14,6 +14,8 @@ something that was seen in profiles of ONNX Runtime 1.32 on x86-64:
   as at the head of a residual network, each further convolution is wrapped in two transposes. A
   depthwise convolution that multiplies by 1, right behind the pair, changes no integer and turns
   all at once.
+- An integer AveragePool takes four times as long as a float one. A depthwise convolution with the
+  same weight everywhere computes the same integers in a tenth of that.
 - LRN raises every value to a power, one after the other: 100 of GoogLeNet's 150 ms. With the
   exponent 0.75, which it has in all published networks, two square roots do the same.
 """
@@ -35,8 +37,9 @@ from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import MOVING_OPS
 
 
-# A dense convolution multiplies this many times as much; with more groups it is the slower one.
-_MOST_GROUPS: Final = 8
+# Integer convolutions with up to so many groups are made dense, which multiplies as many times as
+# much; with more groups that is the slower way.
+MOST_GROUPS: Final = 8
 _PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
 _LRN_EXPONENT: Final = 0.75
 _IMAGE_RANK: Final = 4
@@ -58,6 +61,8 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
             _make_dense(graph, node)
         elif node.op_type == "MaxPool":
             _hold_pairs(graph, node)
+        elif node.op_type == "AveragePool":
+            _convolve(graph, node, shapes)
         elif node.op_type == "LRN":
             _take_square_roots(graph, node, shapes)
     for node in proto.graph.node:
@@ -129,8 +134,8 @@ def _make_dense(graph: _Graph, conv: onnx.NodeProto) -> None:
     Depthwise ones have a kernel of their own, and float ones are faster with groups.
     """
     operands = _operands(graph, conv)
-    groups = _groups(conv)
-    if operands is None or len(operands[0]) == 1 or not 1 < groups <= _MOST_GROUPS:
+    groups = groups_of(conv)
+    if operands is None or len(operands[0]) == 1 or not 1 < groups <= MOST_GROUPS:
         return
     weight = graph.values(operands[0][0])
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
@@ -148,7 +153,8 @@ def _make_dense(graph: _Graph, conv: onnx.NodeProto) -> None:
             attribute.i = 1
 
 
-def _groups(conv: onnx.NodeProto) -> int:
+def groups_of(conv: onnx.NodeProto) -> int:
+    """The groups of a convolution's channels."""
     return next((int(a.i) for a in conv.attribute if a.name == "group"), 1)
 
 
@@ -245,10 +251,10 @@ def _writers_of_channels(graph: _Graph, tensor: str) -> list[list[tuple[str, ...
             if operands is None:
                 return None
             found.append(operands)
-            if _groups(node) == 1:
+            if groups_of(node) == 1:
                 return found
             weight = graph.values(operands[0][0])
-            if weight.shape[1] != 1 or weight.shape[0] != _groups(node):
+            if weight.shape[1] != 1 or weight.shape[0] != groups_of(node):
                 return None
         elif node.op_type not in (*_PAIR_OPS, *ACTIVATION_OPS):
             return None
@@ -304,6 +310,55 @@ def _hold_pairs(graph: _Graph, pool: onnx.NodeProto) -> None:
         graph.replace(pool, [node, pool])
 
 
+def _convolve(graph: _Graph, pool: onnx.NodeProto, shapes: Shapes) -> None:
+    """Averages with an integer depthwise convolution whose weights are all 1 / taps.
+
+    Not where the number of taps changes at the border.
+    """
+    tensor, source = pool.output[0], graph.writers.get(pool.input[0])
+    quantize = graph.sole_reader(tensor)
+    shape = _shape_before(graph, pool, shapes)
+    attributes = {a.name: a for a in pool.attribute}
+    pads = attributes["pads"].ints if "pads" in attributes else ()
+    whole = "count_include_pad" in attributes and attributes["count_include_pad"].i == 1
+    rounded_up = "ceil_mode" in attributes and attributes["ceil_mode"].i == 1
+    padded_alike = (
+        attributes["auto_pad"].s in (b"NOTSET", b"") if "auto_pad" in attributes else True
+    )
+    if (
+        shape is None
+        or len(shape) != _IMAGE_RANK
+        or source is None
+        or source.op_type != "DequantizeLinear"
+        or quantize is None
+        or quantize.op_type != "QuantizeLinear"
+        or rounded_up
+        or not padded_alike
+        or (any(pads) and not whole)
+    ):
+        return
+    kernel, channels = list(attributes["kernel_shape"].ints), shape[1]
+    share = np.float32(1.0 / np.prod(kernel))
+    weight = _depthwise_weight(graph, tensor, (channels, 1, *kernel), share)
+    kept = ("kernel_shape", "strides", "pads", "dilations")
+    convolution = helper.make_node("Conv", [pool.input[0], weight[-1]], [tensor], group=channels)
+    convolution.attribute.extend(attributes[name] for name in kept if name in attributes)
+    dequantize = helper.make_node("DequantizeLinear", weight[:-1], weight[-1:], axis=0)
+    graph.replace(pool, [dequantize, convolution])
+
+
+def _depthwise_weight(
+    graph: _Graph, name: str, shape: tuple[int, ...], value: np.float32
+) -> list[str]:
+    """Names of integers, scale, zero point and result of a weight that has one value."""
+    return [
+        graph.add_constant(f"{name}__ones", np.ones(shape, np.int8)),
+        graph.add_constant(f"{name}__ones_scale", np.full(shape[0], value, np.float32)),
+        graph.add_constant(f"{name}__ones_zero_point", np.zeros(shape[0], np.int8)),
+        f"{name}__weight",
+    ]
+
+
 def _put_channels_last(graph: _Graph, dequantize: onnx.NodeProto, shapes: Shapes) -> None:
     """Multiplies a float node's result by 1 with integers before it is joined with others."""
     tensor = dequantize.output[0]
@@ -321,18 +376,13 @@ def _put_channels_last(graph: _Graph, dequantize: onnx.NodeProto, shapes: Shapes
     ):
         return
     channels = shape[1]
-    weight = [
-        graph.add_constant(f"{tensor}__ones", np.ones((channels, 1, 1, 1), np.int8)),
-        graph.add_constant(f"{tensor}__ones_scale", np.ones(channels, np.float32)),
-        graph.add_constant(f"{tensor}__ones_zero_point", np.zeros(channels, np.int8)),
-    ]
+    weight = _depthwise_weight(graph, tensor, (channels, 1, 1, 1), np.float32(1.0))
     parameters = quantize.input[1:]
-    names = [f"{tensor}__{part}" for part in ("first", "weight", "same", "quantized")]
-    first, ones, same, quantized = names
+    first, same, quantized = (f"{tensor}__{part}" for part in ("first", "same", "quantized"))
     dequantize.output[0] = first
     again = [
-        helper.make_node("DequantizeLinear", weight, [ones], axis=0),
-        helper.make_node("Conv", [first, ones], [same], group=channels, kernel_shape=[1, 1]),
+        helper.make_node("DequantizeLinear", weight[:-1], weight[-1:], axis=0),
+        helper.make_node("Conv", [first, weight[-1]], [same], group=channels, kernel_shape=[1, 1]),
         helper.make_node("QuantizeLinear", [same, *parameters], [quantized]),
         helper.make_node("DequantizeLinear", [quantized, *parameters], [tensor]),
     ]

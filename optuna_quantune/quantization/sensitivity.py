@@ -24,6 +24,8 @@ from typing import Final
 import numpy as np
 import onnx
 
+from optuna_quantune.quantization.kernels import groups_of
+from optuna_quantune.quantization.kernels import MOST_GROUPS
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.noise import NoisePrediction
@@ -254,7 +256,10 @@ def _time(
             return _MULTIPLICATION[kind] * weight.size * float(np.prod(written[:-1]))
         positions = float(np.prod(written[1:]))
         taps = float(np.prod(weight.shape[2:]))
-        time = _MULTIPLICATION[kind] * weight.size * positions + _VALUE[kind] * values
+        groups = groups_of(node)
+        made_dense = kind == "int8" and weight.shape[1] > 1 and groups <= MOST_GROUPS
+        multiplications = weight.size * positions * (groups if made_dense else 1)
+        time = _MULTIPLICATION[kind] * multiplications + _VALUE[kind] * values
         if weight.shape[1] > 1 and read and read[0] <= _FEW_CHANNELS:
             time += _COPIED_TAP[kind] * taps * positions
         return time

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -241,3 +242,38 @@ def test_a_float_head_does_not_wrap_every_convolution_in_transposes(
     assert transposes(plain) >= 6  # the trap: two for each convolution
     assert transposes(written) <= 2
     np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "replaced"),
+    [
+        ({"kernel_shape": [2, 2], "strides": [2, 2]}, True),
+        (
+            {"kernel_shape": [3, 3], "strides": [2, 1], "pads": [1] * 4, "count_include_pad": 1},
+            True,
+        ),
+        ({"kernel_shape": [3, 3], "pads": [1] * 4}, False),
+        ({"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}, False),
+        ({"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"}, False),
+    ],
+)
+def test_an_average_is_the_same_integers_from_a_convolution(
+    attributes: dict[str, Any], replaced: bool, tmp_path: Path, run: Run
+) -> None:
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["input", "weight"], ["a"], name="first"),
+        make("AveragePool", ["a"], ["b"], name="average", **attributes),
+    ]
+    weight = RNG.standard_normal((12, 12, 1, 1)).astype(np.float32) / 3
+    before, after = quantizers(build(nodes, {"weight": weight}, "b"), tmp_path)
+    plain, written = (q.quantize(QuantizationConfig()).proto for q in (before, after))
+    onnx.checker.check_model(written)
+    assert operators(written)["AveragePool"] == (0 if replaced else 1)
+    scales = {i.name: i for i in written.graph.initializer}
+    last = next(n for n in written.graph.node if "b" in n.output)
+    step = float(numpy_helper.to_array(scales[last.input[1]]))
+    # A mean halfway between two integers may become either.
+    steps = np.rint((run(written, INPUTS) - run(plain, INPUTS)) / step)
+    assert np.abs(steps).max() <= 1
+    assert np.mean(steps != 0) <= (0.25 if attributes["kernel_shape"] == [2, 2] else 0.0)
