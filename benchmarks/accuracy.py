@@ -4,8 +4,9 @@
 
 DATA is a folder as in `benchmarks.record`. For each model and space `QuantuneSampler` looks for
 the configuration with the least output noise that is fast enough: batch-1 latency with one thread
-of at most 0.55 times the float model's, 0.8 for ShuffleNet, whose float model is the fastest. It
-sees 256 calibration images that calibration did not use (of CIFAR-10 other test images). How many
+of at most 0.55 times the float model's, 0.8 for ShuffleNet, whose float model is the fastest. Of a
+model with which nothing is that fast, it must not be slower than the float model. The search sees
+256 calibration images that calibration did not use (of CIFAR-10 other test images). How many
 steps of `float_layers` are fast enough is measured first, for they decide the latency. A trial's
 latency is a quick measurement; it is repeated for the best trials, from the best one down, until
 one is fast enough. That model is measured on the 1,000 labelled validation images (CIFAR-10: 2,000
@@ -113,7 +114,7 @@ def main() -> None:
 def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Searches one space, and measures what it chose on the validation images."""
     path, calibration, validation = sources(name, arguments.data)
-    bound = SLOWER.get(name, MAX_LATENCY)
+    bounds = (SLOWER.get(name, MAX_LATENCY), 1.0)
     start = time.perf_counter()
     build = functools.partial(
         QuantizationObjective,
@@ -121,17 +122,17 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
         calibration=calibration,
         evaluation=choosing(name, arguments.data),
         metric="sqnr_db",
-        max_latency=bound,
         threads=1,
         cache=arguments.work / "cache",
     )
     knobs = dict(SearchSpace.preset(space))
+    known = arguments.work / f"{name}-{space}.json"  # an interrupted search keeps its space
+    if not known.exists():
+        known.write_text(json.dumps(affordable(build(space=SearchSpace(knobs)), bounds)))
+    bound, steps = json.loads(known.read_text())
     if "float_layers" in knobs:
-        steps = arguments.work / f"{name}-steps.json"  # an interrupted search keeps its space
-        if not steps.exists():
-            steps.write_text(json.dumps(affordable(build(space=SearchSpace(knobs)), bound)))
-        knobs["float_layers"] = CategoricalDistribution(json.loads(steps.read_text()))
-    objective = build(space=SearchSpace(knobs))
+        knobs["float_layers"] = CategoricalDistribution(steps)
+    objective = build(space=SearchSpace(knobs), max_latency=bound)
     journal = arguments.work / f"{name}-{space}.journal"
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(journal))),
@@ -158,15 +159,23 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def affordable(objective: QuantizationObjective, bound: float) -> list[int]:
-    """The numbers of float layers with which a model is fast enough, or the fastest one."""
+def affordable(
+    objective: QuantizationObjective, bounds: tuple[float, ...]
+) -> tuple[float, list[int]]:
+    """The first bound that some model meets, and the numbers of float layers that meet it.
+
+    If none does, the last bound and the fastest.
+    """
+    steps = range(LONGEST_ORDER + 1 if "float_layers" in objective.space else 1)
     ratios = []
-    for steps in range(LONGEST_ORDER + 1):
-        config = QuantizationConfig(float_layers=steps)
+    for number in steps:
+        config = QuantizationConfig(float_layers=number)
         model = objective.quantize(config).proto.SerializeToString()
         ratios.append(objective.latency(model, repeats=LATENCY_REPEATS).ratio)
-    fast = [steps for steps, ratio in enumerate(ratios) if ratio <= bound]
-    return fast or [int(np.argmin(ratios))]
+    for bound in bounds:
+        if fast := [n for n in steps if ratios[n] <= bound]:
+            return bound, fast
+    return bounds[-1], [int(np.argmin(ratios))]
 
 
 def choose(
