@@ -4,8 +4,9 @@
 
 DATA is a folder as `benchmarks/record.py` takes it. Statistics come from 32 calibration inputs.
 Building is timed for several configurations beside ONNX Runtime's `quantize_static` with cached
-ranges, in turn, in one process; medians are reported. A model that is measured already is left
-out (delete its row to measure it again). Results: `benchmarks/results/building/`.
+ranges, in turn, in one process; medians of processor seconds are reported, so that other work on
+the machine counts little. A model that is measured already is left out (delete its row to measure
+it again). Results: `benchmarks/results/building/`.
 """
 
 from __future__ import annotations
@@ -116,9 +117,10 @@ def measure(name: str, data: Path) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+    """What the work gives, and the processor seconds that it took."""
+    start = time.process_time()
     result = work()
-    return result, time.perf_counter() - start
+    return result, time.process_time() - start
 
 
 def write_ranges(model: FloatModel, folder: Path) -> Path:
@@ -158,11 +160,12 @@ def report(frame: pd.DataFrame) -> None:
         f"`taskset -c 1 python -m benchmarks.building DATA`; "
         f"{machine.as_markdown(machine.describe())}.",
         "",
-        f"Seconds, medians over {len(CONFIGURATIONS)} configurations, beside ONNX Runtime's",
-        "`quantize_static` with cached ranges in turn with ours; ratios are those of one run on a",
-        "machine that others use too. `one configuration` = plan + fill + digest + serialize.",
-        "`placement` is asked for once for each set of float layers, `new ranges` computed once",
-        "for each clipping (KL here), scheme and set size.",
+        f"Processor seconds, medians over {len(CONFIGURATIONS)} configurations, beside ONNX",
+        "Runtime's `quantize_static` with cached ranges in turn with ours. `one configuration` =",
+        "plan (scales and zero points) + fill (the template is copied, weights and biases become",
+        "integers, implied activations are taken out) + digest (the hash by which duplicates are",
+        "found) + serialize. `placement` is asked for once for each set of float layers, `new",
+        "ranges` are computed once for each clipping (KL here), scheme and set size.",
         "",
         "| " + " | ".join(frame.columns) + " |",
         "|" + " --- |" * len(frame.columns),

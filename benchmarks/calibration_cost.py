@@ -5,13 +5,17 @@
 DATA is a folder as `benchmarks/record.py` takes it. Every measurement is made in a process of its
 own with one thread and is written when it is complete; an interrupted run goes on where it stopped
 (delete a model's rows to measure it again). Results: `benchmarks/results/calibration_cost/`.
+Seconds are processor seconds of the process, so that other work on the machine counts little; the
+clock's are in the CSV file beside them.
 
 - Time and peak memory until the ranges of all 96 configurations of `quantune` are known: our one
   pass, against ONNX Runtime's MinMax and Percentile calibrators called once for each set size, as
   their users do. ONNX Runtime's histogram calibrators keep all activations, so the Percentile
   calibrator is run on a few images only and extrapolated in proportion to their number.
-- Plain float inference over the same images, before and behind our pass in the same process.
-- Our peak memory for 4,000 images, the same ones again and again.
+- Plain float inference over the same images, before and behind each of our passes in the same
+  process, in the batches that it is fastest with; medians of three rounds of either where a model
+  is small.
+- Our peak memory for 2,000 images, the same ones again and again.
 - Ranges from the store against ranges from every single value: the change of the quantization
   noise in decibels, of all activations.
 
@@ -26,6 +30,7 @@ import csv
 import itertools
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -64,7 +69,11 @@ from optuna_quantune.quantization.statistics import Histogram
 
 RESULTS = Path(__file__).parent / "results" / "calibration_cost"
 SIZES = (1, 32, 512)
-MANY = 4000
+MANY = 2000
+# Rounds of float inference and calibration; no more are begun after so many seconds.
+ROUNDS = 3
+ROUND_SECONDS = 5.0
+BATCHES = (1, 4, 16, 32)
 # Images for the Percentile calibrator, which keeps about 60 MB for each with MobileNetV2.
 PERCENTILE_IMAGES = 32
 CLIPPINGS = (
@@ -149,6 +158,7 @@ def record(name: str, what: str, data: Path) -> None:
         "images": found["images"],
         "seconds": found.get("seconds"),
         "float_seconds": found.get("float_seconds"),
+        "clock_seconds": found.get("clock_seconds"),
         "peak_mib": found.get("peak_mib"),
         "inputs_mib": found.get("inputs_mib"),
         "ended": "well" if process.returncode == 0 else f"with code {process.returncode}",
@@ -158,30 +168,64 @@ def record(name: str, what: str, data: Path) -> None:
     print(name, what, row["seconds"], row["peak_mib"], row["ended"], flush=True)
 
 
-def ours(name: str, data: Path, *, repeat_to: int | None = None) -> dict[str, Any]:
-    """One pass for all set sizes, with plain float inference around it."""
-    model, held, tensors = prepared(name, data, repeat_to=repeat_to)
-    before = 0.0 if repeat_to else float_seconds(model, held)
-    start = time.perf_counter()
-    calibrate(model, held, tensors, sizes=(*SIZES[:2], "all"))
-    seconds = time.perf_counter() - start
-    behind = 0.0 if repeat_to else float_seconds(model, held)
-    result = {"images": len(held), "seconds": seconds, **memory(held)}
-    return result if repeat_to else result | {"float_seconds": (before + behind) / 2}
+def ours(name: str, data: Path) -> dict[str, Any]:
+    """One pass for all set sizes, with plain float inference around it, in turn."""
+    model, held, tensors = prepared(name, data)
+    session = make_session(model.proto, threads=1)
+    batch_size = min(BATCHES, key=lambda size: float_seconds(session, held, size, images=64))
+    plain = [float_seconds(session, held, batch_size)]
+    own: list[float] = []
+    clock: list[float] = []
+    while not own or (len(own) < ROUNDS and sum(own) < ROUND_SECONDS):
+        watch = Watch()
+        calibrate(model, held, tensors, sizes=(*SIZES[:2], "all"))
+        own.append(watch.seconds())
+        clock.append(watch.clock_seconds())
+        plain.append(float_seconds(session, held, batch_size))
+    return {
+        "images": len(held),
+        "seconds": statistics.median(own),
+        "float_seconds": statistics.median(plain) if len(own) > 1 else statistics.mean(plain),
+        "clock_seconds": statistics.median(clock),
+        **memory(held),
+    }
 
 
 def many(name: str, data: Path) -> dict[str, Any]:
     """Our pass over many images, for its memory."""
-    return ours(name, data, repeat_to=MANY)
+    model, held, tensors = prepared(name, data, repeat_to=MANY)
+    watch = Watch()
+    calibrate(model, held, tensors, sizes=(*SIZES[:2], "all"))
+    return {"images": len(held), **watch.read(), **memory(held)}
 
 
-def float_seconds(model: FloatModel, held: Held) -> float:
-    """Plain float inference, in batches as the pass uses them."""
-    session = make_session(model.proto, threads=1)
-    start = time.perf_counter()
-    for batch in held.batches(4):
+class Watch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._processor, self._clock = time.process_time(), time.perf_counter()
+
+    def seconds(self) -> float:
+        """Processor seconds of this process."""
+        return time.process_time() - self._processor
+
+    def clock_seconds(self) -> float:
+        """Seconds of the clock."""
+        return time.perf_counter() - self._clock
+
+    def read(self) -> dict[str, float]:
+        """Both, under their names in a row."""
+        return {"seconds": self.seconds(), "clock_seconds": self.clock_seconds()}
+
+
+def float_seconds(
+    session: onnxruntime.InferenceSession, held: Held, batch_size: int, images: int | None = None
+) -> float:
+    """Processor seconds of plain float inference over the first, or all, images."""
+    watch = Watch()
+    for batch in held.batches(batch_size, np.arange(images or len(held))):
         session.run(None, batch)
-    return time.perf_counter() - start
+    return watch.seconds()
 
 
 def minmax(name: str, data: Path) -> dict[str, Any]:
@@ -201,7 +245,7 @@ def onnxruntime_calibrator(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "float.onnx"
         onnx.save(model.proto, path)
-        start = time.perf_counter()
+        watch = Watch()
         for size in sizes:
             calibrator = create_calibrator(
                 path,
@@ -213,23 +257,24 @@ def onnxruntime_calibrator(
                 calibrator.collect_data(Reader(held, min(size, len(held))))
                 calibrator.compute_data()
             del calibrator
-        seconds = time.perf_counter() - start
-    return {"images": sum(min(s, len(held)) for s in sizes), "seconds": seconds, **memory(held)}
+        seconds = watch.read()
+    return {"images": sum(min(s, len(held)) for s in sizes), **seconds, **memory(held)}
 
 
 def resolution(name: str, data: Path) -> dict[str, Any]:
     """Ranges from the store and from every value, and the noise that either makes."""
     model, held, tensors = prepared(name, data)
-    statistics = calibrate(model, held, tensors, sizes=(*SIZES[:2], "all"))
+    counted = calibrate(model, held, tensors, sizes=(*SIZES[:2], "all"))
     rows = []
     for images, exact in every_value(model, held, tensors):
         for tensor in tensors:
-            rows += compared(statistics, exact[tensor], tensor, images)
+            rows += compared(counted, exact[tensor], tensor, images)
     frame = pd.DataFrame(rows)
     summary = frame.groupby(["images", "clipping"], sort=False).agg(
         activations=("tensor", "nunique"),
         mean_db=("decibel", lambda d: d.abs().mean()),
-        largest_db=("decibel", lambda d: d.abs().max()),
+        largest_loss_db=("decibel", "max"),
+        largest_gain_db=("decibel", lambda d: -d.min()),
         mean_range=("range", lambda r: r.abs().mean()),
         largest_range=("range", lambda r: r.abs().max()),
     )
@@ -237,11 +282,11 @@ def resolution(name: str, data: Path) -> dict[str, Any]:
 
 
 def compared(
-    statistics: CalibrationStatistics, exact: Histogram, tensor: str, images: int
+    counted: CalibrationStatistics, exact: Histogram, tensor: str, images: int
 ) -> list[dict[str, Any]]:
     """Change of the noise in dB, and of the range's width, for every clipping and scheme."""
     rows = []
-    found = statistics.histogram(tensor, images)
+    found = counted.histogram(tensor, images)
     for clipping in CLIPPINGS:
         for scheme in get_args(Scheme):
             if scheme == "symmetric_power2":  # rounds small differences away, or enlarges them
@@ -387,7 +432,14 @@ def report() -> None:
                 f"{max(grown, 0.0) / 1024:.1f}",
             ]
         costs.append(cells)
-    head = ["model", "ours, s", "float, s", "ours / float", "ours, MiB", "ours, MiB, 4,000 images"]
+    head = [
+        "model",
+        "ours, s",
+        "float, s",
+        "ours / float",
+        "ours, MiB",
+        f"ours, MiB, {MANY:,} images",
+    ]
     head += ["MinMax, s", "Percentile, s*", "both / ours", "Percentile, MiB, 32 images"]
     head += ["Percentile, GiB, 512 images*"]
     failed = measured[measured["ended"] != "well"]
@@ -397,14 +449,15 @@ def report() -> None:
         f"`taskset -c 1 python -m benchmarks.calibration_cost DATA`; "
         f"{machine.as_markdown(machine.describe())}.",
         "",
-        "Seconds and peak memory until the ranges of all 96 configurations of `quantune` are",
-        "known (set sizes 1, 32 and 512), one thread, each measurement in its own process; the",
-        "prepared images (294 MiB for 512 ImageNet images) and the libraries are part of the",
-        "memory. Seconds of float inference are the mean of one run before and one behind ours in",
-        "the same process, so that their ratio stands whatever else the machine did; so do not",
-        "compare seconds of different rows. ONNX Runtime's calibrators were run once for each set",
-        f"size and method. *The Percentile calibrator was run on {PERCENTILE_IMAGES} images and",
-        "extrapolated in proportion to the number of images: it keeps all activations.",
+        "Processor seconds and peak memory until the ranges of all 96 configurations of",
+        "`quantune` are known (set sizes 1, 32 and 512), one thread, each measurement in its own",
+        "process; the prepared images (294 MiB for 512 ImageNet images) and the libraries are",
+        "part of the memory. Float inference was run before and behind each of our passes in the",
+        "same process, in the batches that it is fastest with, so that their ratio stands",
+        "whatever else the machine did; do not compare seconds of different rows. ONNX Runtime's",
+        "calibrators were run once for each set size and method. *The Percentile calibrator was",
+        f"run on {PERCENTILE_IMAGES} images and extrapolated in proportion to the number of",
+        "images: it keeps all activations.",
         "",
         *table(head, [cells + [""] * (len(head) - len(cells)) for cells in costs]),
     ]
@@ -422,17 +475,20 @@ def report() -> None:
             "Ranges from the store against ranges from every single value (histograms with bins",
             "of 0.05 %), for all activations and the schemes asymmetric, symmetric and",
             "symmetric_uint8: change of the quantization noise (rounding and clipping, of every",
-            "value) in dB, its mean and largest magnitude, and of the width of the range.",
+            "value) in dB, the mean of its magnitude, the largest loss and the largest gain, and",
+            "of the width of the range. A change beside a range of the same width is that of a",
+            "zero point that was rounded the other way.",
             "",
             *table(
-                ["model", "images", "clipping", "dB, mean", "dB, largest", "width, mean"],
+                ["model", "images", "clipping", "dB, mean", "loss", "gain", "width, mean"],
                 [
                     [
                         str(row["model"]),
                         str(row["images"]),
                         str(row["clipping"]),
                         f"{row['mean_db']:.3f}",
-                        f"{row['largest_db']:.2f}",
+                        f"{row['largest_loss_db']:.2f}",
+                        f"{row['largest_gain_db']:.2f}",
                         f"{row['mean_range']:.2%}",
                     ]
                     for _, row in found.iterrows()

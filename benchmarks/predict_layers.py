@@ -103,8 +103,8 @@ def measure(name: str, data: Path, cache: Path | None, sets: int) -> pd.DataFram
     )
     base = objective.quantizer
     quantizer = LayerwiseQuantizer(base.model, base.statistics)
-    first = np.arange(PROBE_INPUTS)
-    feeds = list(objective.calibration.batches(1, first))
+    last = np.arange(len(objective.calibration))[::-1][:PROBE_INPUTS]
+    feeds = list(objective.calibration.batches(1, last))
     session = make_session(base.model.proto)
     session.run(None, feeds[0])
     start = time.perf_counter()
@@ -147,9 +147,9 @@ def measure(name: str, data: Path, cache: Path | None, sets: int) -> pd.DataFram
 
 
 def outputs(proto: onnx.ModelProto, inputs: InputSource) -> NDArray[np.float32]:
-    """First output of a model for inputs behind those of the probe."""
+    """First output of a model for inputs that the probe did not see."""
     session = make_session(proto.SerializeToString())
-    wanted = np.arange(PROBE_INPUTS, PROBE_INPUTS + MEASURED_INPUTS)
+    wanted = np.arange(MEASURED_INPUTS)
     return np.concatenate([session.run(None, feed)[0] for feed in inputs.batches(1, wanted)])
 
 

@@ -36,7 +36,6 @@ from optuna_quantune.importing import import_function
 from optuna_quantune.model_file import check_writable
 from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
-from optuna_quantune.objective import DEFAULT_PRECISION
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import Finding
@@ -144,10 +143,9 @@ def _search_options(n_trials: int) -> Callable[[Command], Command]:
             click.option(
                 "--precision",
                 type=click.FloatRange(0, 1, min_open=True),
-                default=DEFAULT_PRECISION,
                 metavar="X",
                 help="A trial ends when its accuracy is certain to X (0.002 is 0.2 points, the "
-                "half width of the 95 % interval).",
+                "half width of the 95 % interval). [default: 0.002, at least two inputs]",
             ),
             click.option("--study-name", help="Name of the study in the storage."),
             click.option(

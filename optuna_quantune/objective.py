@@ -102,7 +102,9 @@ TASK_KEY: Final = "task"
 # Half the width of the 95 % interval at which a trial ends. With it searches on the recorded
 # tables found a winner within 0.1 points of the best, and with 0.005 not always
 # (benchmarks/results/racing).
+# Half the width of a trial's interval, as a share and in inputs, whichever is more.
 DEFAULT_PRECISION: Final = 0.002
+DEFAULT_PRECISION_INPUTS: Final = 2
 # User attribute of a trial: how many inputs were run for its value.
 INPUTS_KEY: Final = "inputs_evaluated"
 # Intermediate values that a trial reports to its pruner where it runs all inputs in their order.
@@ -191,7 +193,8 @@ class QuantizationObjective:
         max_size: Largest size of the model file in bytes.
         precision: A trial ends when half the width of its value's 95 % interval is no larger
             (0.002 is 0.2 points of accuracy); what the interval rests on is said in
-            `optuna_quantune.evaluation.racing`.
+            `optuna_quantune.evaluation.racing`. None is 0.002, but never less than two of the
+            evaluation inputs.
         exact: Run every trial to its end, unless the study's pruner stops it.
         cache: Folder where calibration statistics are kept for the next run; by default the
             user's cache folder. None keeps nothing.
@@ -220,7 +223,7 @@ class QuantizationObjective:
         max_accuracy_drop: float | None = None,
         max_latency: float | None = None,
         max_size: int | None = None,
-        precision: float = DEFAULT_PRECISION,
+        precision: float | None = None,
         exact: bool = False,
         cache: str | Path | None = DEFAULT_CACHE,
         threads: int | None = None,
@@ -255,6 +258,8 @@ class QuantizationObjective:
             self.target.check_latency()
         if max_accuracy_drop is not None and self.metric == "sqnr_db":
             raise InputError("max_accuracy_drop: the float model has no noise to compare with")
+        if precision is None:
+            precision = max(DEFAULT_PRECISION, DEFAULT_PRECISION_INPUTS / len(self.evaluation))
         if not precision > 0:
             raise InputError(f"precision: {precision} is not positive; for all inputs say exact")
         self._precision = None if exact else precision
@@ -357,10 +362,11 @@ class QuantizationObjective:
         with self._lock:
             if equalized not in self._noise_models:
                 quantizer = self._quantizer(equalized=equalized)
-                first = np.arange(min(PROBE_INPUTS, len(self.calibration)))
+                # The last ones: the first decide the ranges of small calibration sets.
+                last = np.arange(len(self.calibration))[::-1][:PROBE_INPUTS]
                 gains = probe(
                     quantizer,
-                    list(self.calibration.batches(1, first)),
+                    self.calibration.batches(1, last),
                     progress=lambda done, total: self._progress("probe", done, total),
                 )
                 noise = self._noise_models[equalized] = NoiseModel(quantizer, gains)

@@ -53,7 +53,6 @@ from optuna_quantune.importing import import_function
 from optuna_quantune.model_file import check_writable
 from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
-from optuna_quantune.objective import DEFAULT_PRECISION
 from optuna_quantune.objective import Progress
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
@@ -160,7 +159,7 @@ def tune(
     max_latency: float | None = None,
     max_size: int | None = None,
     prefer: Preference | None = None,
-    precision: float = DEFAULT_PRECISION,
+    precision: float | None = None,
     exact: bool = False,
     storage: BaseStorage | str | None = None,
     study_name: str | None = None,
@@ -213,7 +212,8 @@ def tune(
             ``latency`` or ``size``. By default ``size`` if it is an objective or has a bound and
             latency does not, otherwise ``latency``.
         precision: A trial ends when half the width of its value's 95 % interval is no larger
-            (0.002 is 0.2 points of accuracy). The result is measured on all inputs.
+            (0.002 is 0.2 points of accuracy). None is 0.002, but never less than two of the
+            inputs that select. The result is measured on all inputs.
         exact: Run every trial to its end, unless the pruner stops it.
         storage: An Optuna storage, a database URL, or the path of a journal file.
         study_name: Name of the study in the storage.

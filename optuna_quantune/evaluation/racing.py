@@ -7,23 +7,19 @@ margins are far larger than the noise of a decent configuration. So a few inputs
 run first, then the others in ascending margin, and among them some at random from all that are
 left, until what may still flip no longer matters.
 
-What is claimed of the inputs that were not run rests on a model, not on sampling alone: the margin
-that an int8 model leaves is a straight line of the float margin plus noise, whose scale grows with
-the margin, too (a clipped or collapsed model takes more from wide margins), with the tail of
-Student's t with 6 degrees of freedom. It is fitted to the inputs that were run, and the random
-ones among them show it every size of margin. The intervals hold the uncertainty of the fit and the
-chance of each flip. They do not hold for a model that fails on so few wide-margin inputs that none
-of them was drawn: ranges calibrated on a single image did this to 1 to 2 % of SqueezeNet's inputs,
-whatever their margin, and without the random inputs its intervals held 84 % of the time. With them
-such intervals still hold too rarely: simulated failures on 2 % and on 5 % of 800 inputs, at any
-margin, were within them 60 % and 75 % of the time instead of 95 %. How often they were right on
-the recorded tables is measured by `benchmarks/racing.py`.
+What is claimed of the inputs that were not run rests on a model, not on sampling alone: what
+quantization does to margins (`optuna_quantune.evaluation.margin_noise`), fitted to the inputs that
+were run, and the random ones among them show it every size of margin. The intervals hold the
+uncertainty of the fit, how heavy the tail of the noise may be, a share of inputs that fail
+whatever their margin, and the chance of each flip. What they cannot hold is a kind of failure that
+has left no trace in the inputs that were run. How often they were right on the recorded tables,
+and on tables that were not seen while they were designed, is measured by `benchmarks/racing.py`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
 from typing import Any
 from typing import Final
 from typing import TYPE_CHECKING
@@ -31,8 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import betainc
 from scipy.special import gammaincc
-from scipy.special import stdtr
 
+from optuna_quantune.evaluation.margin_noise import MarginNoise
 from optuna_quantune.evaluation.metrics import Interval
 
 
@@ -50,18 +46,6 @@ _ONE_RANDOM_OF: Final = 4
 _GROWTH: Final = 1.2
 # And always at a multiple of this, so that no batch is broken for it.
 _MULTIPLE: Final = 16
-# Degrees of freedom of the noise. With 6 the flips that were left behind were 0.7 to 1.3 times
-# those expected on the recorded tables; with 100, nearly a normal, up to 3.5 times.
-_TAIL: Final = 6.0
-# Variance of the logarithm of the noise's scale, times the inputs that it was fitted to. A sample
-# from this t distribution gives 1.25; the rest covers that the fit extrapolates to wide margins.
-_SCALE_VARIANCE: Final = 3.0
-# The noise at margin 0 is at least this share of the mean; on the recorded tables it was 0.3 to 1.
-_LEAST_INTERCEPT: Final = 0.25
-# Relative variance of the flips that the fit expects, beside that of the random sample's. For
-# collapsed models the fit was off by up to a third on the recorded tables.
-_FIT_VARIANCE: Final = 1 / 8
-_FIT_STEPS: Final = 5
 # Both ends of an interval of 95 %.
 _LOW, _HIGH = 0.025, 0.975
 
@@ -148,7 +132,7 @@ class Race:
     def __init__(self, margins: NDArray[np.float64]) -> None:
         self._margins = margins
         self._left = np.full(len(margins), np.nan)
-        self._fit: _Fit | None = None
+        self._noise: MarginNoise | None = None
         self.seen: NDArray[np.bool_] = np.zeros(len(margins), np.bool_)
 
     def add(self, indices: NDArray[np.int64], margins_left: NDArray[np.float64]) -> None:
@@ -163,7 +147,7 @@ class Race:
         margins = self._margins[indices]
         self._left[indices] = np.where(np.isfinite(margins_left), margins_left, -margins)
         self.seen[indices] = True
-        self._fit = None
+        self._noise = None
 
     def estimate(self, right: NDArray[np.bool_], float_right: NDArray[np.bool_]) -> Interval:
         """The share of all inputs that the int8 model gets right, with its 95 % interval.
@@ -179,42 +163,37 @@ class Race:
         known = int((right & self.seen).sum()) + int((float_right & unseen).sum())
         if not unseen.any():
             return Interval(known / n, known / n, known / n)
-        if self._fit is None:
-            self._fit = _fit(self._margins[self.seen], self._left[self.seen])
-        lost = self._flips(float_right, 1.0)
+        if self._noise is None:
+            self._noise = MarginNoise.fit(self._margins[self.seen], self._left[self.seen])
+        # Where scores are equal an outcome can stay although its margin is gone: an outcome that
+        # was right has flipped where it is wrong. One that was wrong may have flipped unseen.
+        lost = self._flips(float_right, ~right, 1.0)
         flipped = self.seen & ~float_right & (self._left <= 0)
         # Rule of succession: half of the flips before any was seen.
         share_mended = (int((right & flipped).sum()) + 1) / (int(flipped.sum()) + 2)
-        won = self._flips(~float_right, share_mended)
+        won = self._flips(~float_right, flipped, share_mended)
         return Interval(
             (known - lost.estimate + won.estimate) / n,
             (known - lost.high + won.low) / n,
             (known - lost.low + won.high) / n,
         )
 
-    def _flips(self, group: NDArray[np.bool_], share: float) -> Interval:
+    def _flips(
+        self, group: NDArray[np.bool_], flipped: NDArray[np.bool_], share: float
+    ) -> Interval:
         """How many unseen inputs of a group flip, times a share of them, with its interval.
 
         The inputs that were drawn beyond the margin up to which all were run are a random sample
-        of what lies there. Where none of them flips the fit alone must say how many of the others
-        do. The more of them flip, as for a collapsed model, the more the sample counts: its
-        relative variance is 1 over its flips, that of the fit is taken as `_FIT_VARIANCE`. And
-        where they flip at all, the interval is at least that of the sample.
+        of what lies there.
         """
-        assert self._fit is not None
+        assert self._noise is not None
         unseen = group & ~self.seen
         margins = self._margins[unseen]
         if not len(margins):
             return Interval(0.0, 0.0, 0.0)
-        expected, doubt = self._fit.flips(margins), self._fit.variance_of_flips(margins)
         sample = group & self.seen & (self._margins > margins.min())
-        size = int(sample.sum())
-        if size:
-            flipped = int((self._left[sample] <= 0).sum())
-            excess = flipped - self._fit.flips(self._margins[sample])
-            weight = _FIT_VARIANCE / (_FIT_VARIANCE + 1.0 / flipped) if flipped else 0.0
-            expected = max(0.0, expected + weight * excess * len(margins) / size)
-            doubt += flipped * (1.0 - flipped / (size + 1)) * (len(margins) / size) ** 2
+        sample_flips = int(flipped[sample].sum())
+        expected, doubt = self._noise.flips(margins, self._margins[sample], sample_flips)
         expected, doubt = share * expected, share**2 * doubt
         low = min(_count_quantile(_LOW, expected, doubt), len(margins))
         high = min(_count_quantile(_HIGH, expected, doubt), len(margins))
@@ -252,91 +231,6 @@ def weights(margins: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np
     return result
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """The margin that is left, as a line of the float margin, and the scale of its noise.
-
-    Attributes:
-        line: Intercept and slope of the mean, shape (2,).
-        scale: Intercept and slope of the standard deviation, not negative, shape (2,).
-        covariance: Of the line's parameters, shape (2, 2).
-        inputs: Number of inputs that it was fitted to.
-    """
-
-    line: NDArray[np.float64]
-    scale: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-    inputs: int
-
-    def flips(
-        self,
-        margins: NDArray[np.float64],
-        line_off: NDArray[np.float64] | float = 0.0,
-        log_scale_off: float = 0.0,
-    ) -> float:
-        """Expected number of flips on inputs, with parameters off by so much."""
-        columns = _columns(margins)
-        deviation = np.maximum(columns @ self.scale, np.finfo(np.float64).tiny)
-        standard = columns @ (self.line + line_off) / (deviation * math.exp(log_scale_off))
-        return float(stdtr(_TAIL, -standard * math.sqrt(_TAIL / (_TAIL - 2))).sum())
-
-    def variance_of_flips(self, margins: NDArray[np.float64]) -> float:
-        """Variance of `flips` because the parameters are only estimates (delta method)."""
-        expected = self.flips(margins)
-        directions = np.linalg.cholesky(self.covariance).T
-        steps = [self.flips(margins, line_off=direction) for direction in directions]
-        steps.append(self.flips(margins, log_scale_off=math.sqrt(_SCALE_VARIANCE / self.inputs)))
-        return sum((step - expected) ** 2 for step in steps)
-
-
-def _fit(margins: NDArray[np.float64], left: NDArray[np.float64]) -> _Fit:
-    """Weighted least squares for the line and, on absolute residuals, for the scale, in turn."""
-    columns = _columns(margins)
-    # Where a model makes no noise at all, as its own float copy, a hair keeps the algebra finite.
-    least = 1e-9 * max(float(margins.max()), np.finfo(np.float64).tiny)
-    deviation = np.ones(len(margins))
-    for _ in range(_FIT_STEPS):
-        line = _least_squares(columns, left, deviation)
-        residual = np.abs(left - columns @ line)
-        scale = _noise_scale(columns, residual, deviation)
-        deviation = np.maximum(columns @ scale, least)
-    spread = math.sqrt(float(np.mean(np.square((left - columns @ line) / deviation))))
-    weighted = columns / np.maximum(spread * deviation, least)[:, None]
-    covariance: NDArray[np.float64] = np.linalg.inv(weighted.T @ weighted).astype(np.float64)
-    return _Fit(line, spread * scale, covariance, len(margins))
-
-
-def _columns(margins: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.stack([np.ones_like(margins), margins], axis=1)
-
-
-def _least_squares(
-    columns: NDArray[np.float64], values: NDArray[np.float64], deviation: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    weighted = columns / deviation[:, None]
-    return np.linalg.lstsq(weighted, values / deviation, rcond=None)[0].astype(np.float64)
-
-
-def _noise_scale(
-    columns: NDArray[np.float64], residual: NDArray[np.float64], deviation: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Least squares for the scale; no slope below 0, and no noise far below the mean at margin 0.
-
-    A handful of inputs may lie so that the intercept vanishes, and with it every doubt about the
-    many inputs of small margins.
-    """
-    floor = _LEAST_INTERCEPT * float(residual.mean())
-    intercept, slope = _least_squares(columns, residual, deviation)
-    if slope < 0:
-        weight = 1.0 / np.square(deviation)
-        return np.array([float(weight @ residual) / float(weight.sum()), 0.0])
-    if intercept < floor:
-        margins = columns[:, 1] / deviation
-        slope = float(margins @ ((residual - floor) / deviation)) / float(margins @ margins)
-        return np.array([floor, max(0.0, slope)])
-    return np.array([intercept, slope])
-
-
 def _count_quantile(probability: float, mean: float, doubt: float) -> float:
     """Quantile of a Poisson count whose mean is only known up to a variance.
 
@@ -345,13 +239,15 @@ def _count_quantile(probability: float, mean: float, doubt: float) -> float:
     """
     if mean < 1e-9:
         return 0.0
-    most = mean + 10.0 * math.sqrt(mean + doubt) + 10.0
-    counts = np.arange(math.ceil(most))
-    if doubt < 1e-6 * mean:
-        below = gammaincc(counts + 1.0, mean)
-    else:
-        below = betainc(mean**2 / doubt, counts + 1.0, mean / (mean + doubt))
-    return float(np.searchsorted(below, probability))
+    known = doubt < 1e-6 * mean
+
+    def below(count: int) -> float:
+        if known:
+            return float(gammaincc(count + 1.0, mean))
+        return float(betainc(mean**2 / doubt, count + 1.0, mean / (mean + doubt)))
+
+    most = math.ceil(mean + 10.0 * math.sqrt(mean + doubt) + 10.0)
+    return float(bisect_left(range(most), probability, key=below))
 
 
 def _spread(n: int) -> NDArray[np.int64]:

@@ -5,15 +5,14 @@ The float model runs over the calibration inputs and its activations are looked 
 the number of inputs. The counts are kept apart for the segments between the wanted set sizes;
 those of the first n inputs are the sum of the segments before n.
 
-Resolution: histogram bins are bfloat16 numbers (0.8 % wide). The maximum and the minimum are exact
-(the minimum of an activation that cannot be negative: of the values that were counted). The first
-input is counted whole. Of the others the body of a large activation is counted by an even sample,
-at least 2,048 values for each input and more for small sets, and its tails value by value. That
-takes 2.5 times as long as running the model, so beyond the first 64 inputs of a segment every
-other batch stands for two, and of the batch between only the extremes are taken.
-So the percentiles of up to 64 inputs are those of all values, and of more inputs an estimate where
-single inputs make the whole tail. `benchmarks/calibration_cost.py` compares the ranges with those
-of all values, in decibels of quantization noise.
+Resolution: histogram bins are 0.1 to 0.2 % wide. All values of the first inputs are counted; they
+say where the tails of an activation begin. Of the other inputs the tails are counted value by
+value, of every input, and what lies between them by an even sample. So the maximum and the minimum
+are exact, and percentiles are those of all values unless the first inputs are unlike the others.
+`benchmarks/calibration_cost.py` compares the ranges with those of all values, in decibels of
+quantization noise.
+
+An activation that joins others (Concat) has the values of those, and is not looked at itself.
 
 The result is stored on disk under a fingerprint of the model, the inputs and the options, and
 found again by the next run. The store is also written from time to time during the pass, and a
@@ -24,12 +23,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 from functools import reduce
@@ -47,8 +46,9 @@ from optuna_quantune.pipeline import available_cores
 from optuna_quantune.pipeline import ordered_map
 from optuna_quantune.quantization import calibration_store
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.observation import Bounds
+from optuna_quantune.quantization.observation import never_negative
 from optuna_quantune.quantization.observation import Observation
-from optuna_quantune.quantization.observation import observe_whole
 from optuna_quantune.quantization.observation import Observer
 from optuna_quantune.quantization.statistics import Accumulator
 from optuna_quantune.quantization.statistics import Counts
@@ -56,18 +56,18 @@ from optuna_quantune.quantization.statistics import Histogram
 
 
 # Raised when the meaning of a stored file changes; files of another version are not used.
-STORE_VERSION: Final = 3
-# Values of a large activation that are sampled for each input, at least and at most, and about how
-# many for a whole segment in between: small sets need more of each input.
-_SAMPLE: Final = (1 << 11, 1 << 13)
-_SEGMENT_SAMPLE: Final = 1 << 18
-# Inputs of a segment that are looked at closely; beyond them one batch of so many is, and of the
-# others only the extremes are taken.
-_CLOSE: Final = 64
-_EVERY: Final = 2
+STORE_VERSION: Final = 4
+# Inputs after which it is looked anew where the tails of an activation begin (all values of the
+# first ones are counted), and the share of the values on either side of zero that are its tail:
+# the lowest percentile that clips has 0.1 % beyond.
+_LOOKS: Final = (4, 32)
+_TAIL: Final = 0.003
+# Values between the tails of each activation that are counted from one look, or set size, to the
+# next, about.
+_SAMPLE: Final = 1 << 17
 # Inputs that are run at a time after the first, at least and at most, and about how many values of
 # all activations together: small models want larger batches to spread the cost of a call.
-_BATCH: Final = (4, 16)
+_BATCH: Final = (4, 32)
 _BATCH_VALUES: Final = 1 << 22
 # Seconds between two writings of an incomplete store; a writing takes about 0.1 s.
 _SAVE_SECONDS: Final = 10.0
@@ -156,10 +156,12 @@ def calibrate(
     """
     total = len(inputs)
     bounds = tuple(sorted({total if s == "all" else min(int(s), total) for s in sizes} | {total}))
+    joined = _joined(model, tensors)
+    observed = [tensor for tensor in tensors if tensor not in joined]
     fingerprint = _fingerprint(model, inputs, tensors, bounds)
     path = None if cache is None else cache / f"calibration-{fingerprint[:32]}.npz"
-    stored = None if path is None else calibration_store.load(path, fingerprint, tensors, bounds)
-    counting = _Counting(tensors, bounds, stored)
+    stored = None if path is None else calibration_store.load(path, fingerprint, observed, bounds)
+    counting = _Counting(observed, bounds, stored)
     if progress is not None and counting.done > 0:
         progress(counting.done, total)
     if counting.done < total:
@@ -171,7 +173,12 @@ def calibrate(
             if path is not None and due:
                 calibration_store.save(path, fingerprint, bounds, counting.state())
                 saved = time.monotonic()
-    return CalibrationStatistics(bounds, counting.state().segments, fingerprint)
+    segments = dict(counting.state().segments)
+    for tensor, parts in joined.items():  # in the order of computation
+        segments[tensor] = tuple(
+            reduce(add, counts) for counts in zip(*(segments[p] for p in parts), strict=True)
+        )
+    return CalibrationStatistics(bounds, {t: segments[t] for t in tensors}, fingerprint)
 
 
 class _Counting:
@@ -179,96 +186,109 @@ class _Counting:
 
     def __init__(
         self,
-        tensors: Sequence[str],
+        observed: Sequence[str],
         bounds: tuple[int, ...],
         stored: calibration_store.StoredCounts | None,
     ) -> None:
         self.done = 0
-        self._tensors = tensors
+        self._observed = observed
         self._bounds = bounds
+        self._tails: Mapping[str, Bounds] = {}
         self._finished: list[dict[str, Counts]] = []
-        self._current: dict[str, Accumulator] = {t: Accumulator() for t in tensors}
+        self._current: dict[str, Accumulator] = {t: Accumulator() for t in observed}
         if stored is not None:
-            self.done = stored.done
+            self.done, self._tails = stored.done, stored.tails
             *finished, current = zip(*stored.segments.values(), strict=True)
-            self._finished = [dict(zip(tensors, part, strict=True)) for part in finished]
+            self._finished = [dict(zip(observed, part, strict=True)) for part in finished]
             self._current = {
-                t: Accumulator(counts) for t, counts in zip(tensors, current, strict=True)
+                t: Accumulator(counts) for t, counts in zip(observed, current, strict=True)
             }
 
     def go_on(self, model: FloatModel, inputs: CalibrationInputs, workers: int) -> Iterator[None]:
         """Counts what is not counted yet; yields after each batch."""
-        # Run again where a store goes on: it says which activations are large.
-        first = observe_whole(model, self._tensors, next(inputs.batches(1, np.arange(1))))
+        observer = Observer(model, self._observed)
+        # Run again where a store goes on: it says how large activations are.
+        (first,) = inputs.batches(1, np.arange(1))
+        values = observer.values(first)
         if self.done == 0:
-            self._add(first, 1)
+            self._add(observer.observe(first, steps=dict.fromkeys(values, 1), bounds={}), 1)
             yield
-        observer = Observer(model, first)
-        values = sum(seen.sample.size for seen in first)
-        del first
         free = all(None not in s.shape[1:] and s.shape[:1] == (None,) for s in model.inputs)
-        batch_size = int(np.clip(_BATCH_VALUES // values, *_BATCH)) if free else 1
-        for start, stop in zip((0, *self._bounds), self._bounds, strict=False):
+        batch_size = int(np.clip(_BATCH_VALUES // sum(values.values()), *_BATCH)) if free else 1
+        looks = [look for look in _LOOKS if look < self._bounds[-1]]
+        stops = sorted({*self._bounds, *looks})
+        for start, stop in zip((0, *stops), stops, strict=False):
             if stop <= self.done:
                 continue
-            if start == self.done > 0:
+            if self.done in self._bounds:
                 self._begin_segment()
-            sample = int(np.clip(_SEGMENT_SAMPLE // (stop - start), *_SAMPLE))
+            if self.done in looks:
+                self._tails = self._find_tails(never_negative(model.proto.graph))
+            # Widths and channel counts are mostly even: an odd step visits all places.
+            steps = {
+                tensor: size * (stop - start) // _SAMPLE | 1 if self._tails else 1
+                for tensor, size in values.items()
+            }
+            yield from self._count(observer, inputs, stop, batch_size, steps, workers)
 
-            def observe(
-                numbered: tuple[int, dict[str, NDArray[Any]]],
-                start: int = start,
-                sample: int = sample,
-            ) -> list[Observation]:
-                offset, batch = numbered
-                beyond = (offset - start) // batch_size - _CLOSE // batch_size
-                if beyond >= 0 and beyond % _EVERY != _EVERY // 2:
-                    return observer.glance(batch)
-                weight = 1 if beyond < 0 else _EVERY
-                return observer.observe(batch, offset=offset, sample=sample, weight=weight)
+    def _count(
+        self,
+        observer: Observer,
+        inputs: CalibrationInputs,
+        stop: int,
+        batch_size: int,
+        steps: Mapping[str, int],
+        workers: int,
+    ) -> Iterator[None]:
+        """Counts the inputs up to `stop`; yields after each batch."""
 
-            indices = np.arange(self.done, stop)
-            sizes = [len(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
-            offsets = range(self.done, stop, batch_size)
-            batches = zip(offsets, inputs.batches(batch_size, indices), strict=True)
-            observed = ordered_map(observe, batches, workers=workers)
-            for observations, size in zip(observed, sizes, strict=True):
-                self._add(observations, size)
-                yield
+        def observe(numbered: tuple[int, dict[str, NDArray[Any]]]) -> list[Observation]:
+            offset, batch = numbered
+            return observer.observe(batch, steps=steps, bounds=self._tails, offset=offset)
+
+        indices = np.arange(self.done, stop)
+        offsets = range(self.done, stop, batch_size)
+        batches = zip(offsets, inputs.batches(batch_size, indices), strict=True)
+        sizes = [min(batch_size, stop - offset) for offset in offsets]
+        observed = ordered_map(observe, batches, workers=workers)
+        for observations, size in zip(observed, sizes, strict=True):
+            self._add(observations, size)
+            yield
 
     def state(self) -> calibration_store.StoredCounts:
         """What is counted so far."""
         segments = [*self._finished, self._segment()]
         return calibration_store.StoredCounts(
-            self.done, {t: tuple(part[t] for part in segments) for t in self._tensors}
+            self.done,
+            {t: tuple(part[t] for part in segments) for t in self._observed},
+            self._tails,
         )
 
     def _begin_segment(self) -> None:
         self._finished.append(self._segment())
-        self._current = {tensor: Accumulator() for tensor in self._tensors}
+        self._current = {tensor: Accumulator() for tensor in self._observed}
 
     def _segment(self) -> dict[str, Counts]:
-        counts = {tensor: self._current[tensor].counts() for tensor in self._tensors}
-        for tensor in self._tensors:
-            if not self._current[tensor].finite:  # sampled values may show what extremes do not
-                raise _not_finite(tensor)
-        return counts
+        return {tensor: self._current[tensor].counts() for tensor in self._observed}
+
+    def _find_tails(self, one_sided: Set[str]) -> dict[str, Bounds]:
+        parts = [*self._finished, self._segment()]
+        return {
+            tensor: _bounds(reduce(add, [part[tensor] for part in parts]), tensor in one_sided)
+            for tensor in self._observed
+        }
 
     def _add(self, observations: Sequence[Observation], inputs: int) -> None:
         for seen in observations:
-            if not (math.isfinite(seen.minimum) and math.isfinite(seen.maximum)):
-                raise _not_finite(seen.tensor)
             counter = self._current[seen.tensor]
-            counter.extend(seen.minimum, seen.maximum)
-            counter.add(seen.sample, weight=seen.weight, upper=seen.upper, lower=seen.lower)
+            counter.add(seen.sample, weight=seen.weight)
+            counter.add(seen.tails)
+            if not counter.finite:
+                raise InputError(
+                    f"activation {seen.tensor!r}: not finite for some calibration input; "
+                    "check the preprocessing and the float model"
+                )
         self.done += inputs
-
-
-def _not_finite(tensor: str) -> InputError:
-    return InputError(
-        f"activation {tensor!r}: not finite for some calibration input; "
-        "check the preprocessing and the float model"
-    )
 
 
 def _fingerprint(
@@ -276,3 +296,27 @@ def _fingerprint(
 ) -> str:
     parts = [STORE_VERSION, model.fingerprint, inputs.fingerprint(), list(tensors), list(sizes)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _bounds(counts: Counts, one_sided: bool) -> Bounds:
+    """Where the tails of an activation begin; never beyond its extremes, which stay exact so."""
+    histogram = counts.histogram()
+    lower, upper = histogram.minimum, histogram.maximum
+    below = np.concatenate([[0.0], np.cumsum(histogram.counts)])
+    if below[-1] > 0.0:
+        negative = float(np.interp(0.0, histogram.edges, below))
+        ends = _TAIL * negative, below[-1] - _TAIL * (below[-1] - negative)
+        inner = np.interp(ends, below, histogram.edges).astype(np.float32).tolist()
+        lower = inner[0] if lower < 0.0 else lower
+        upper = inner[1] if upper > 0.0 else upper
+    return Bounds(None if one_sided else lower, upper)
+
+
+def _joined(model: FloatModel, tensors: Sequence[str]) -> dict[str, list[str]]:
+    """For each activation that joins other wanted ones, whose values it has."""
+    wanted = set(tensors)
+    return {
+        node.output[0]: list(node.input)
+        for node in model.proto.graph.node
+        if node.op_type == "Concat" and wanted.issuperset([*node.output, *node.input])
+    }

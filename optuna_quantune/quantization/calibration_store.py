@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.observation import Bounds
+from optuna_quantune.quantization.statistics import Accumulator
 from optuna_quantune.quantization.statistics import BINS
 from optuna_quantune.quantization.statistics import Counts
 
@@ -29,10 +31,12 @@ class StoredCounts:
         done: The number of inputs that were counted.
         segments: For each activation its counts between one set size and the next; the last
             segment may be incomplete.
+        tails: Where the tails of each activation begin; empty as long as that is not known.
     """
 
     done: int
     segments: Mapping[str, tuple[Counts, ...]]
+    tails: Mapping[str, Bounds]
 
 
 def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCounts) -> None:
@@ -49,6 +53,7 @@ def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCount
     """
     tensors = list(stored.segments)
     flat = [counts for tensor in tensors for counts in stored.segments[tensor]]
+    tails = [stored.tails[tensor] for tensor in tensors if stored.tails]
     half: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +71,7 @@ def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCount
                 bins=np.concatenate([counts.bins for counts in flat]),
                 counts=np.concatenate([counts.counts for counts in flat]),
                 extremes=np.array([(counts.minimum, counts.maximum) for counts in flat]),
+                tails=np.array([(b.lower, b.upper) for b in tails], dtype=float).reshape(-1, 2),
             )
             file.flush()
             os.fsync(file.fileno())  # or a power failure could leave the name without content
@@ -104,6 +110,7 @@ def load(
             bins = np.split(store["bins"], ends)
             counts = np.split(store["counts"], ends)
             extremes = store["extremes"].tolist()
+            tails = store["tails"].tolist()
         begun = sum(size < done for size in sizes) + 1
         flat = [
             Counts(b, c, low, high)
@@ -114,6 +121,8 @@ def load(
             and len(flat) == begun * len(tensors)
             and bins[-1].size == counts[-1].size == 0
             and all(_sound(part) for part in flat)
+            and len(tails) in (0, len(tensors))
+            and all(not lower > upper and abs(upper) < np.inf for lower, upper in tails)
         ):
             return None
     except Exception:  # a damaged file can raise anything: zipfile, zlib, struct, numpy, memory
@@ -121,19 +130,25 @@ def load(
     segments = {
         tensor: tuple(flat[i * begun : (i + 1) * begun]) for i, tensor in enumerate(tensors)
     }
-    return StoredCounts(done, segments)
+    bounds = {
+        tensor: Bounds(None if np.isnan(lower) else lower, upper)
+        for tensor, (lower, upper) in zip(tensors, tails, strict=False)
+    }
+    return StoredCounts(done, segments, bounds)
 
 
 def _sound(counts: Counts) -> bool:
     """Whether these can be counts at all, whoever wrote them."""
     bins = counts.bins.astype(np.int64)
     return bool(
-        counts.bins.dtype == np.uint16
+        counts.bins.dtype == np.uint32
         and counts.counts.dtype == np.int64
         and bins.shape == counts.counts.shape
-        and 0 < bins.size <= BINS
+        and bins.size > 0
         and np.all(np.diff(bins) > 0)
+        and bins[-1] < BINS
         and np.all(counts.counts > 0)
         and np.isfinite(counts.minimum)
         and counts.minimum <= counts.maximum < np.inf
+        and Accumulator(counts).counts().counts.sum() == counts.counts.sum()
     )

@@ -3,7 +3,9 @@
 The error that a configuration makes in an activation follows from the activation's histogram and
 its step; the error that a quantized weight makes in its layer's output follows from the weight and
 the moments of the layer's input. How much of either reaches the model's output was probed once
-(`probe.py`). Errors of different tensors are taken as independent, so that their powers add up.
+(`probe.py`). Errors of different tensors are taken as independent, so that their powers add up
+as long as they are small beside the signal; what becomes of larger sums is read off a simulation
+of the few knobs that decide most (`joint.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +30,36 @@ from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.statistics import Histogram
 
 
+# Noise-to-signal power ratio up to which errors add up: they are a third of the signal then.
+ADDITIVE: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """How errors of a kind of configuration fail to add up, from one that was simulated.
+
+    Below `ADDITIVE` they do add up. From there the factor by which the simulated one departs from
+    its sum is approached with the logarithm of the sum.
+
+    Attributes:
+        linear: The sum of the simulated configuration.
+        total: What its noise really was, over that sum.
+        confusion: What of it can change a prediction, over what that was expected to be.
+        gain: What it left of the signal.
+    """
+
+    linear: float = 0.0
+    total: float = 1.0
+    confusion: float = 1.0
+    gain: float = 1.0
+
+    def share(self, linear: float) -> float:
+        """How far beyond `ADDITIVE` a sum is, on the way to the simulated one, 0 to 1."""
+        if min(linear, self.linear) <= ADDITIVE:
+            return 0.0
+        return min(1.0, float(np.log(linear / ADDITIVE) / np.log(self.linear / ADDITIVE)))
+
+
 @dataclass(frozen=True)
 class NoisePrediction:
     """Noise-to-signal power ratios at the model's output that a configuration is expected to have.
@@ -39,36 +72,49 @@ class NoisePrediction:
         weights: What the quantized weight of each layer contributes, by weight name.
         scaling: The part of each activation's clipping that scales the output as a whole or
             bounds it, so that it changes no order in it.
-        highest_output: Largest value that the quantized first output can have.
-        weight_exponent: Errors beyond the signal's own power do not add up any more: the joint
-            noise of weights that add up to more than 1 is that sum to this power.
+        highest: Largest value that the quantized first output can have.
+        saturation: What becomes of a sum that is not small.
     """
 
     rounding: Mapping[str, float]
     clipping: Mapping[str, float]
     weights: Mapping[str, float]
     scaling: Mapping[str, float]
-    highest_output: float = np.inf
-    weight_exponent: float = 1.0
+    highest: float = np.inf
+    saturation: Saturation = Saturation()
+
+    @property
+    def linear(self) -> float:
+        """The sum of all contributions."""
+        parts = (self.rounding, self.clipping, self.weights)
+        return sum(sum(part.values()) for part in parts)
+
+    @property
+    def confusing(self) -> float:
+        """The sum without what only scales the output, and without the bounds of the output.
+
+        `highest_output` says exactly what those do.
+        """
+        return self.linear - sum(self.scaling.values())
 
     @property
     def total(self) -> float:
         """The predicted noise-to-signal power ratio of the output."""
-        weights = sum(self.weights.values())
-        joint = float(weights**self.weight_exponent) if weights > 1.0 else weights
-        return sum(self.rounding.values()) + sum(self.clipping.values()) + joint
+        return self.linear * float(self.saturation.total**self._share)
 
     @property
     def confusion(self) -> float:
-        """The part of the noise that can change a prediction.
+        """The part of the noise that can change a prediction, over what is left of the signal."""
+        return self.confusing * float(self.saturation.confusion**self._share)
 
-        Without what only scales the output, and without the bounds of the output itself, which
-        `highest_output` says exactly. The weights count with their plain sum: a model whose
-        weights make more noise than its signal errs the more the larger that is, even where its
-        output falls silent.
-        """
-        activations = sum(self.rounding.values()) + sum(self.clipping.values())
-        return activations - sum(self.scaling.values()) + sum(self.weights.values())
+    @property
+    def highest_output(self) -> float:
+        """Largest value of the first output beside a signal of the float model's size."""
+        return self.highest / float(self.saturation.gain**self._share)
+
+    @property
+    def _share(self) -> float:
+        return self.saturation.share(self.linear)
 
     def features(self) -> dict[str, float]:
         """Named numbers for a cost model, in decibels (10 log10 of signal over noise)."""
@@ -87,14 +133,6 @@ class _Activations:
     rounding: Mapping[str, float]
     clipping: Mapping[str, float]
     highest_output: float
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What quantized weights contribute, by weight, and how their sum saturates."""
-
-    noise: Mapping[str, float]
-    exponent: float
 
 
 class NoiseModel:
@@ -121,7 +159,8 @@ class NoiseModel:
         output = quantizer.model.outputs[0].name
         self._output = statistics_sources(quantizer.model.proto.graph).get(output, output)
         self._activations: dict[QuantizationConfig, _Activations] = {}
-        self._weights: dict[QuantizationConfig, _Weights] = {}
+        self._weights: dict[QuantizationConfig, Mapping[str, float]] = {}
+        self._saturations: dict[QuantizationConfig, Saturation] = {}
         self._quantized: dict[
             tuple[tuple[str, ...], Fusion], tuple[tuple[str, ...], tuple[str, ...]]
         ] = {}
@@ -143,14 +182,41 @@ class NoiseModel:
         scaling = {tensor: noise * shares[tensor] for tensor, noise in clipping.items()}
         if self._output in scaling:
             scaling[self._output] = clipping[self._output]
-        return NoisePrediction(
+        prediction = NoisePrediction(
             rounding={tensor: activations.rounding[tensor] for tensor in tensors},
             clipping=clipping,
-            weights={name: weights.noise[name] for name in names},
+            weights={name: weights[name] for name in names},
             scaling=scaling,
-            highest_output=activations.highest_output if self._output in clipping else np.inf,
-            weight_exponent=weights.exponent,
+            highest=activations.highest_output if self._output in clipping else np.inf,
         )
+        if prediction.linear <= ADDITIVE:
+            return prediction
+        return replace(prediction, saturation=self._saturation(config))
+
+    def _saturation(self, config: QuantizationConfig) -> Saturation:
+        """From a simulation of the knobs that decide most, with the others at their defaults."""
+        key = replace(
+            config,
+            weight_clipping="max",
+            bias_correction=False,
+            float_layers=0,
+            zero_dead_weights=False,
+        )
+        if key not in self._saturations:
+            self._saturations[key] = Saturation()  # of the prediction that is asked for here
+            expected = self.predict_layers(key, self._quantizer.float_layers(key))
+            if expected.linear > ADDITIVE:
+                joint = self._probe.joint
+                # Errors of 16-bit activations are nothing beside those of 8-bit weights.
+                whole = key.activation_bits == 8
+                found = joint.of_everything(key) if whole else joint.of_weights(key)
+                self._saturations[key] = Saturation(
+                    expected.linear,
+                    found.total / expected.linear,
+                    found.confusion / expected.confusing,
+                    found.gain if found.gain > 0.0 else 1.0,
+                )
+        return self._saturations[key]
 
     def _quantized_tensors(
         self, float_layers: tuple[str, ...], fusion: Fusion
@@ -196,10 +262,10 @@ class NoiseModel:
         histogram = self._quantizer.statistics.histogram(tensor, ALL_IMAGES)
         return quantization_error(histogram, float(parameters.scale), *_ends(parameters))
 
-    def _weight_noise(self, config: QuantizationConfig) -> _Weights:
+    def _weight_noise(self, config: QuantizationConfig) -> Mapping[str, float]:
         key = replace(
             config,
-            calibration_images="all",
+            calibration_images=ALL_IMAGES,
             clipping="max",
             mixed_precision="none",
             float_layers=0,
@@ -208,19 +274,11 @@ class NoiseModel:
         if key not in self._weights:
             probed, tiny = self._probed_errors, np.finfo(np.float64).tiny
             measured = self._probe.weight_noise
-            noise = {
+            self._weights[key] = {
                 name: error * measured[name] / max(probed[name], tiny) / self._signal
                 for name, error in self._errors_of_weights(key).items()
             }
-            self._weights[key] = _Weights(noise, self._exponent(key, sum(noise.values())))
         return self._weights[key]
-
-    def _exponent(self, config: QuantizationConfig, total: float) -> float:
-        """What makes the plain sum `total` of all weights what was measured of them together."""
-        measured = self._probe.all_weights_noise.get(config.scheme, 0.0) / self._signal
-        if config.granularity != PROBED.granularity or measured == 0.0 or total <= 1.0:
-            return 1.0
-        return float(np.log(measured) / np.log(total))
 
     def _errors_of_weights(self, config: QuantizationConfig) -> dict[str, float]:
         """Mean squared error of the output of each layer that `config` quantizes, by weight."""

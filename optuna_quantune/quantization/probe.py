@@ -1,41 +1,43 @@
 """How much of an error reaches the output: measured once, on the float model.
 
-One graph serves everything: behind each tensor stands an addition whose second operand is an input
-of the graph, a single zero unless that tensor is disturbed, and the weights are inputs too. What
-is injected are the errors that quantization really makes, one tensor or weight at a time. White
-noise of the same power would not do: a depthwise weight with one scale for channels of different
-sizes loses whole channels, which the next layer amplifies again (in MobileNetV2 up to 130 times
-more than white noise there), and what clipping cuts off is biased and correlated. The errors are
-small, so that the answer grows with their power.
+What is injected (`disturbance.py`) are the errors that quantization really makes, one tensor or
+weight at a time. White noise of the same power would not do: a depthwise weight with one scale for
+channels of different sizes loses whole channels, which the next layer amplifies again (in
+MobileNetV2 up to 130 times more than white noise there), and what clipping cuts off is biased and
+correlated. The errors are small, so that the answer grows with their power; where errors are not
+small beside the signal, `joint.py` says what they do together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 from typing import Final
-from typing import get_args
 
 import numpy as np
-import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import QuantizationConfig
-from optuna_quantune.quantization.config import Scheme
-from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.disturbance import DisturbableModel
+from optuna_quantune.quantization.disturbance import Disturbance
+from optuna_quantune.quantization.disturbance import Values
+from optuna_quantune.quantization.joint import JointNoise
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.quantizer import Quantizer
-from optuna_quantune.quantization.session import make_session
+from optuna_quantune.quantization.statistics import Histogram
 
 
-# Inputs that the probes are spread over.
-PROBE_INPUTS: Final = 8
+# Inputs that the probes are spread over: of a large network the fewest, of a small one more.
+PROBE_INPUTS: Final = 64
+_FEWEST_INPUTS: Final = 4
 # The configuration whose weights are injected: one scale for a weight shows which channels the
 # model cannot spare. What other scales leave of the error follows from the weights; probing those
 # with one scale for each channel too took a quarter more runs and predicted no better.
@@ -45,6 +47,11 @@ PROBED: Final = QuantizationConfig(granularity="tensor")
 _VALUE_BUDGET: Final = 300_000_000
 # Share of the largest magnitudes that is clipped of a tensor which its range does not clip.
 _CLIPPED_SHARE: Final = 1e-3
+# Clipping that is a smaller share of every configuration's noise is not probed.
+_NEGLIGIBLE: Final = 0.003
+# Simulations of whole configurations that are expected to be asked for, which share the budget.
+_JOINT_RUNS: Final = 64
+_FEWEST_JOINT: Final = 2
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,10 @@ class Probe:
             output and so changes no prediction.
         weight_noise: For each weight (by name) the power at the output when it alone is quantized
             as `PROBED` says.
-        all_weights_noise: For each scheme the power at the output when all weights are quantized
-            at once as `PROBED` says but for the scheme. Empty unless the powers of `weight_noise`
-            add up to more than the output's own: then that sum cannot be what all do together.
         channel_mean: For each layer (by name) the mean of each channel of its input.
         channel_power: For each layer the mean square of each channel of its input.
         output_power: Mean square of an output value.
+        joint: What errors do together, measured when it is asked for.
 
     Of a model with several outputs, an output value is one that is divided by the root mean square
     of its output on the first input, so that each output counts alike.
@@ -74,79 +79,94 @@ class Probe:
     clipping_gain: Mapping[str, float]
     clipping_scaling: Mapping[str, float]
     weight_noise: Mapping[str, float]
-    all_weights_noise: Mapping[Scheme, float]
     channel_mean: Mapping[str, NDArray[np.float64]]
     channel_power: Mapping[str, NDArray[np.float64]]
     output_power: float
+    joint: JointNoise
 
 
 def probe(
     quantizer: Quantizer,
-    inputs: Sequence[dict[str, NDArray[Any]]],
+    inputs: Iterable[dict[str, NDArray[Any]]],
     *,
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Probe:
     """Measures what errors of activations and weights do to the output.
 
     Args:
         quantizer: Of the float model; its steps, ranges and weights are the ones injected.
-        inputs: A few inputs of batch size 1, by name.
+        inputs: Inputs of batch size 1, by name; only as many are read as are needed, at most
+            `PROBE_INPUTS`.
+        threads: Threads that share one run; None is one for each core.
         progress: Called after every input with the inputs done and the inputs in all.
 
     Raises:
         InputError: If an output changes its shape with a little noise.
     """
-    model, ranges = quantizer.model, quantizer.clipping_ranges()
-    tensors = list(ranges)
-    steps = _steps(quantizer)
-    weights = _weights(quantizer, PROBED)
-    observed = list(dict.fromkeys([*tensors, *(layer.input for layer in model.layers)]))
-    watching = make_session(_with_outputs(model, observed))
-    disturbed = _DisturbedModel(model, tensors)
+    model, ranges, steps = quantizer.model, quantizer.clipping_ranges(), _steps(quantizer)
+    tensors, weights = list(ranges), _weights(quantizer, PROBED)
+    disturbable = DisturbableModel(model, tensors, weights, threads=threads)
+    queue = iter(inputs)
+    feeds = list(islice(queue, _FEWEST_INPUTS))
+    values_a_run = disturbable.size
+    runs = _VALUE_BUDGET // ((2 * len(tensors) + len(weights)) * values_a_run)
+    feeds += islice(queue, max(0, min(PROBE_INPUTS, runs) - len(feeds)))
+    repeats = int(np.clip(runs, 1, len(feeds)))
+    moments, outputs = _Moments(model.layers), _Outputs(disturbable)
     rounding, clipping, tail, single = _Gains(), _Gains(), _Gains(), _Gains()
-    moments = _Moments(model.layers)
-    output_power: list[float] = []
-    for number, feed in enumerate(inputs):
-        values = _observe(watching, observed, feed)
+    begun: list[tuple[list[str], Values]] = []
+    for number, feed in enumerate(feeds):
+        turn = _due(list(weights), number, repeats, len(feeds))
+        values, changed = disturbable.start(feed, turn)
         moments.add(values)
-        output_power.append(disturbed.start(feed))
-        repeats = _repeats(2 * len(tensors) + len(weights), values, len(inputs))
-
-        def due(index: int, number: int = number, repeats: int = repeats) -> bool:
-            return (number - index) % len(inputs) < repeats
-
-        for index, tensor in enumerate(tensors):
-            if not due(index):
-                continue
-            value = values[tensor]
-            limit = np.quantile(np.abs(value), 1.0 - _CLIPPED_SHARE)
-            for gains, error in (
-                (rounding, _rounding_error(value, steps[tensor])),
-                (clipping, np.clip(value, *ranges[tensor]) - value),
-                (tail, np.clip(value, -limit, limit) - value),
-            ):
-                if np.any(error) and not (gains is tail and tensor in clipping):
-                    gains.add(tensor, _power(error), *disturbed.change({_operand(tensor): error}))
-        for index, (name, weight) in enumerate(weights.items()):
-            if due(index):
-                single.add(name, 1.0, *disturbed.change({name: weight}))
+        outputs.add(values)
+        chosen = _due(tensors, number, repeats, len(feeds))
+        for tensor in chosen:
+            error = Disturbance(tensor, _rounding_error(values[tensor], steps[tensor]))
+            outputs.measure(error, values, rounding, tensor)
+        for weight, changes in changed.items():
+            for change in changes:
+                # What layers with the same weight do adds up.
+                outputs.measure(change, values, single, weight, power_in=1.0 / len(changes))
+        kept = disturbable.kept | set(chosen)
+        begun.append((chosen, {name: values[name] for name in kept}))
         if progress is not None:
-            progress(number + 1, len(inputs))
-    power = float(np.mean(output_power))
-    weight_noise = {name: single.gain(name) for name in weights}
-    drowned = sum(weight_noise.values()) > power
+            progress(number + 1, len(feeds))
+    # Where a probe costs next to nothing, none is spared.
+    spared = repeats < len(feeds)
+    clipped = _clipped(quantizer, steps, rounding) if spared else set(tensors)
+    for chosen, values in begun:
+        for tensor in chosen:
+            value = values[tensor]
+            beyond = np.clip(value, *ranges[tensor]) - value
+            if tensor in clipped and np.any(beyond):
+                outputs.measure(Disturbance(tensor, beyond), values, clipping, tensor)
+            elif tensor in clipped and tensor not in clipping:
+                limit = np.quantile(np.abs(value), 1.0 - _CLIPPED_SHARE)
+                beyond = np.clip(value, -limit, limit) - value
+                outputs.measure(Disturbance(tensor, beyond), values, tail, tensor)
     for tensor in tensors:
         clipping.fall_back(tensor, tail, rounding)
     return Probe(
         rounding_gain={tensor: rounding.gain(tensor) for tensor in tensors},
         clipping_gain={tensor: clipping.gain(tensor) for tensor in tensors},
         clipping_scaling={tensor: clipping.scaling(tensor) for tensor in tensors},
-        weight_noise=weight_noise,
-        all_weights_noise=_all_weights_noise(quantizer, disturbed, inputs) if drowned else {},
+        weight_noise={name: single.gain(name) for name in weights},
         channel_mean=moments.mean(),
         channel_power=moments.power(),
-        output_power=power,
+        output_power=outputs.power,
+        joint=JointNoise(quantizer, feeds[: _joint_inputs(values_a_run)], threads=threads),
     )
+
+
+def _due(names: list[str], number: int, repeats: int, inputs: int) -> list[str]:
+    """Whose turn it is on an input, when each is probed on `repeats` of them."""
+    return [name for i, name in enumerate(names) if (number - i) % inputs < repeats]
+
+
+def _joint_inputs(values_a_run: int) -> int:
+    return int(np.clip(_VALUE_BUDGET // (_JOINT_RUNS * values_a_run), _FEWEST_JOINT, PROBE_INPUTS))
 
 
 def _steps(quantizer: Quantizer) -> dict[str, float]:
@@ -169,19 +189,34 @@ def _weights(quantizer: Quantizer, config: QuantizationConfig) -> dict[str, NDAr
     }
 
 
-def _all_weights_noise(
-    quantizer: Quantizer,
-    disturbed: _DisturbedModel,
-    inputs: Sequence[dict[str, NDArray[Any]]],
-) -> dict[Scheme, float]:
-    schemes: tuple[Scheme, ...] = get_args(Scheme)
-    sets = {scheme: _weights(quantizer, replace(PROBED, scheme=scheme)) for scheme in schemes}
-    powers: dict[Scheme, list[float]] = {scheme: [] for scheme in schemes}
-    for feed in inputs:
-        disturbed.start(feed)
-        for scheme, weights in sets.items():
-            powers[scheme].append(disturbed.change(weights)[0])
-    return {scheme: float(np.mean(values)) for scheme, values in powers.items()}
+def _clipped(quantizer: Quantizer, steps: Mapping[str, float], rounding: _Gains) -> set[str]:
+    """The tensors whose clipping can be a part of some configuration's noise that matters.
+
+    Ranges clip most that have the least divergence, or that come from the fewest inputs, or both.
+    What each tensor loses with them is compared with what all lose, as if both were rounding.
+    """
+    statistics, tightest = quantizer.statistics, quantizer.clipping_ranges()
+    tensors = list(tightest)
+    gains = np.array([rounding.gain(tensor) for tensor in tensors])
+    rounded = gains @ np.square([steps[tensor] for tensor in tensors]) / 12.0
+    histograms = {t: statistics.histogram(t, statistics.sizes[0]) for t in tensors}
+    fewest = {t: (h.minimum, h.maximum) for t, h in histograms.items()}
+    both = {
+        t: (max(low, fewest[t][0]), min(high, fewest[t][1])) for t, (low, high) in tightest.items()
+    }
+    relevant = np.zeros(len(tensors), dtype=np.bool_)
+    for ranges in (tightest, fewest, both):
+        lost = gains * [
+            _lost(statistics.histogram(tensor, ALL_IMAGES), *ranges[tensor]) for tensor in tensors
+        ]
+        relevant |= lost > _NEGLIGIBLE * (rounded + lost.sum())
+    return {tensor for tensor, matters in zip(tensors, relevant, strict=True) if matters}
+
+
+def _lost(histogram: Histogram, low: float, high: float) -> float:
+    """Mean square of what a range cuts off."""
+    x = histogram.centers
+    return float(histogram.counts @ np.square(x - np.clip(x, low, high))) / max(histogram.total, 1)
 
 
 def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float32]:
@@ -189,37 +224,45 @@ def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float
     return error
 
 
-class _DisturbedModel:
-    """The float model with errors in its tensors, compared with itself without."""
+class _Outputs:
+    """What errors change in the outputs of a model."""
 
-    def __init__(self, model: FloatModel, tensors: Sequence[str]) -> None:
-        self._session = make_session(_with_additions(model, tensors))
-        self._names = [spec.name for spec in model.outputs if spec.dtype.kind == "f"]
-        self._zeros = {_operand(tensor): np.zeros(1, dtype=np.float32) for tensor in tensors}
-        self._feed: dict[str, NDArray[Any]] = {}
-        self._reference: list[NDArray[np.float32]] = []
+    def __init__(self, model: DisturbableModel) -> None:
+        self._model = model
         self._scales: list[float] = []
+        self._powers: list[float] = []
 
-    def start(self, feed: dict[str, NDArray[Any]]) -> float:
-        """Runs an input undisturbed; gives the power of the output."""
-        self._feed = feed | self._zeros
-        self._reference = self._session.run(self._names, self._feed)
-        self._scales = self._scales or _scales(self._reference)
-        return _joint_power(self._reference, self._scales)
+    @property
+    def power(self) -> float:
+        """Mean square of an undisturbed output value."""
+        return float(np.mean(self._powers))
 
-    def change(self, disturbance: dict[str, NDArray[np.float32]]) -> tuple[float, float]:
-        """Runs the input again with `disturbance` among its inputs.
+    def add(self, values: Values) -> None:
+        """Takes the outputs of an undisturbed input into account."""
+        outputs = [values[name] for name in self._model.names]
+        self._scales = self._scales or _scales(outputs)
+        self._powers.append(_joint_power(outputs, self._scales))
 
-        Returns:
-            Power of what changes in the output, and of that part of it which only scales the
-            first output's differences from their mean.
-        """
-        outputs = self._session.run(self._names, self._feed | disturbance)
-        change = _differences(self._names, outputs, self._reference)
-        power = _joint_power(change, self._scales)
-        first = _power(change[0])
-        share = _scaling(change[0], self._reference[0]) / first if first > 0.0 else 0.0
-        return power, power * share
+    def measure(
+        self,
+        disturbance: Disturbance,
+        values: Values,
+        gains: _Gains,
+        name: str,
+        *,
+        power_in: float | None = None,
+    ) -> None:
+        """Adds to `gains` what a disturbance of an input changes, unless it is none."""
+        if power_in is None:
+            power_in = _power(disturbance.error)
+        if power_in == 0.0:
+            return
+        names = self._model.names
+        reference = [values[name] for name in names]
+        change = _differences(names, self._model.run(disturbance, values), reference)
+        power, first = _joint_power(change, self._scales), _power(change[0])
+        share = _scaling(change[0], reference[0]) / first if first > 0.0 else 0.0
+        gains.add(name, power_in, power, power * share)
 
 
 def _scaling(change: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
@@ -270,7 +313,7 @@ class _Gains:
 
 
 def _power(values: NDArray[np.float32]) -> float:
-    return float(np.mean(np.square(values, dtype=np.float64)))
+    return float(np.vdot(values, values)) / values.size
 
 
 def _scales(outputs: Sequence[NDArray[np.float32]]) -> list[float]:
@@ -313,9 +356,9 @@ class _Moments:
         for layer in self._layers:
             value = values[layer.input]
             channel = 1 if layer.op_type in ("Conv", "ConvTranspose") else value.ndim - 1
-            others = tuple(axis for axis in range(value.ndim) if axis != channel)
-            mean = value.mean(axis=others, dtype=np.float64)
-            power = np.square(value, dtype=np.float64).mean(axis=others)
+            rows = np.moveaxis(value, channel, 0).reshape(value.shape[channel], -1)
+            mean = rows.mean(axis=1).astype(np.float64)
+            power = np.einsum("ij,ij->i", rows, rows).astype(np.float64) / rows.shape[1]
             before = self._sums.get(layer.name, (np.zeros_like(mean), np.zeros_like(mean)))
             self._sums[layer.name] = before[0] + mean, before[1] + power
 
@@ -324,83 +367,3 @@ class _Moments:
 
     def power(self) -> dict[str, NDArray[np.float64]]:
         return {name: sums[1] / self._count for name, sums in self._sums.items()}
-
-
-def _repeats(probes: int, values: Mapping[str, NDArray[np.float32]], inputs: int) -> int:
-    """How many of the inputs each probe is made on."""
-    one_run = sum(value.size for value in values.values())
-    return int(np.clip(_VALUE_BUDGET // (probes * one_run), 1, inputs))
-
-
-def _operand(tensor: str) -> str:
-    return f"{tensor}__error"
-
-
-def _with_outputs(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProto:
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    known = {value.name for value in (*proto.graph.output, *proto.graph.input)}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors if t not in known)
-    return proto
-
-
-def _with_additions(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProto:
-    """The model with ``tensor + tensor__error`` in place of each of `tensors`.
-
-    Weights are inputs of the graph that need not be given.
-    """
-    source = model.proto
-    wanted = set(tensors)
-    given = {value.name for value in source.graph.input}
-    disturbed = {tensor: f"{tensor}__disturbed" for tensor in tensors}
-    nodes: list[onnx.NodeProto] = []
-
-    def addition(tensor: str) -> onnx.NodeProto:
-        return onnx.helper.make_node("Add", [tensor, _operand(tensor)], [disturbed[tensor]])
-
-    nodes.extend(addition(spec.name) for spec in model.inputs if spec.name in wanted)
-    for original in source.graph.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
-        for position, name in enumerate(node.input):
-            node.input[position] = disturbed.get(name, name)
-        nodes.append(node)
-        nodes.extend(addition(name) for name in node.output if name in wanted)
-    # A probed output of the model keeps its name for what is read from outside.
-    outputs = {value.name for value in source.graph.output} & wanted
-    for node in nodes:
-        for names in (node.input, node.output):
-            for position, name in enumerate(names):
-                if name in outputs:
-                    names[position] = f"{name}__original"
-                elif name.removesuffix("__disturbed") in outputs:
-                    names[position] = name.removesuffix("__disturbed")
-    graph = onnx.helper.make_graph(
-        nodes,
-        source.graph.name,
-        [
-            *source.graph.input,
-            *(
-                onnx.helper.make_tensor_value_info(_operand(t), onnx.TensorProto.FLOAT, None)
-                for t in tensors
-            ),
-            *(
-                onnx.helper.make_tensor_value_info(weight, onnx.TensorProto.FLOAT, None)
-                for weight in sorted({layer.weight for layer in model.layers} - given)
-            ),
-        ],
-        source.graph.output,
-        source.graph.initializer,
-    )
-    return onnx.helper.make_model(
-        graph, opset_imports=source.opset_import, ir_version=source.ir_version
-    )
-
-
-def _observe(
-    session: onnxruntime.InferenceSession, tensors: Sequence[str], feed: dict[str, NDArray[Any]]
-) -> dict[str, NDArray[np.float32]]:
-    computed = [tensor for tensor in tensors if tensor not in feed]
-    return dict(zip(computed, session.run(computed, feed), strict=True)) | {
-        tensor: feed[tensor] for tensor in tensors if tensor in feed
-    }

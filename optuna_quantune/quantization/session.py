@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import onnxruntime
 
 
 def make_session(
-    proto: onnx.ModelProto, *, threads: int | None = None
+    proto: onnx.ModelProto,
+    *,
+    threads: int | None = None,
+    optimize: bool = True,
+    optimized: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session on the processor that prints errors only.
 
     Args:
         proto: The model.
         threads: Threads that share one run; None is one for each core.
+        optimize: Whether the graph is optimized.
+        optimized: File that the optimized model is written to; it is for this machine only.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

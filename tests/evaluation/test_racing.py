@@ -111,17 +111,19 @@ def test_intervals_hold_the_truth_at_every_look_also_of_a_collapsed_model() -> N
     assert np.mean(held) >= 0.92
 
 
-def test_failures_on_a_few_inputs_of_any_margin_keep_a_race_from_ending_early() -> None:
-    # The intervals hold too rarely here (see the module's docstring); this is only about the end.
-    healthy, failed = [], []
+def test_failures_on_a_few_inputs_of_any_margin_are_in_the_intervals_and_delay_the_end() -> None:
+    healthy, failed, held = [], [], []
     for seed in range(20):
         margins, left, float_right, right = simulate(seed)
         failing = np.random.default_rng(seed + 100).random(N) < 0.05
         left = np.where(failing, -margins, left)
         right = np.where(failing, False, right)
-        failed.append(run_race(margins, left, float_right, right, seed=seed)[0])
+        stop, interval = run_race(margins, left, float_right, right, seed=seed)
+        failed.append(stop)
+        held.append(interval.low <= right.mean() <= interval.high)
         healthy.append(run_race(*simulate(seed), seed=seed)[0])
     assert np.mean(failed) > 1.5 * np.mean(healthy)
+    assert np.mean(held) >= 0.9
 
 
 def test_the_pilot_corrects_a_fit_that_does_not_fit() -> None:
@@ -166,6 +168,23 @@ def test_flips_mend_as_many_mistakes_as_they_did_on_the_inputs_that_were_run() -
     assert abs(np.mean(errors)) < 0.01
 
 
+@pytest.mark.parametrize("few_levels", [False, True])
+def test_a_model_with_the_same_output_for_every_input_is_not_taken_for_a_perfect_one(
+    few_levels: bool,
+) -> None:
+    margins, _, _, _ = simulate(0)
+    rng = np.random.default_rng(0)
+    # All scores are equal: no margin is left, and one of ten predictions stays by chance.
+    left = np.where(rng.random(N) < 0.05, rng.normal(size=N), 0.0) if few_levels else np.zeros(N)
+    right = (left > 0) | (rng.random(N) < 0.1)
+    indices, race = order(margins, seed=0), Race(margins)
+    for start, stop in pairwise([0, *looks(N)][:6]):
+        race.add(indices[start:stop], left[indices[start:stop]])
+        interval = race.estimate(right, np.ones(N, np.bool_))
+        assert interval.estimate < 0.5
+        assert interval.low <= right.mean() <= interval.high
+
+
 def test_a_race_that_ran_everything_is_exact() -> None:
     margins, left, float_right, right = simulate(0)
     stop, interval = run_race(margins, left, float_right, right, seed=0, precision=-1.0)
@@ -177,7 +196,8 @@ def test_a_model_without_noise_is_certain_after_the_pilot() -> None:
     margins, _, float_right, _ = simulate(0)
     stop, interval = run_race(margins, margins, float_right, float_right, seed=0)
     assert stop == PILOT
-    assert interval.estimate == pytest.approx(float_right.mean(), abs=1e-9)
+    # Not a single trace of wild failures, but they cannot be ruled out from the pilot alone.
+    assert interval.estimate == pytest.approx(float_right.mean(), abs=1e-3)
 
 
 def test_what_is_not_a_number_has_flipped() -> None:

@@ -292,6 +292,31 @@ def test_other_inputs_another_model_and_a_damaged_store_are_never_used(
         assert sorted(read) == [0, len(toy_inputs)]
 
 
+def test_a_store_of_another_version_is_never_used(
+    model: FloatModel,
+    toy_inputs: NDArray[np.float32],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    statistics = collect(model, Inputs(toy_inputs), tmp_path)
+    monkeypatch.setattr(calibration, "STORE_VERSION", calibration.STORE_VERSION + 1)
+    later = Inputs(toy_inputs)
+    collect(model, later, tmp_path)
+    assert later.read == len(toy_inputs)
+    # One with the right fingerprint but with other arrays in it.
+    monkeypatch.undo()
+    path = tmp_path / f"calibration-{statistics.fingerprint[:32]}.npz"
+    with np.load(path) as store:
+        arrays = dict(store)
+    for changed in ({"bins": arrays["bins"].astype(np.uint16)}, {"tails": arrays["tails"][:-1]}):
+        np.savez_compressed(path, **(arrays | changed))
+        again = Inputs(toy_inputs)
+        assert_same(collect(model, again, tmp_path), statistics)
+        assert again.read == len(toy_inputs)
+    np.savez_compressed(path, **{name: arrays[name] for name in arrays if name != "tails"})
+    assert load(path, statistics.fingerprint, TENSORS, statistics.sizes) is None
+
+
 def test_an_activation_that_is_not_finite_is_named(
     model: FloatModel, toy_inputs: NDArray[np.float32]
 ) -> None:

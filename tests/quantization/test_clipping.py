@@ -15,9 +15,7 @@ from optuna_quantune.quantization.config import Clipping
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.scheme import choose_parameters
 from optuna_quantune.quantization.scheme import QuantizationParameters
-from optuna_quantune.quantization.statistics import BINS
-from optuna_quantune.quantization.statistics import count_into
-from optuna_quantune.quantization.statistics import from_dense
+from optuna_quantune.quantization.statistics import Accumulator
 from optuna_quantune.quantization.statistics import Histogram
 
 
@@ -25,10 +23,9 @@ RNG = np.random.default_rng(0)
 
 
 def histogram_of(values: NDArray[np.float64]) -> Histogram:
-    single = values.astype(np.float32)
-    dense = np.zeros(BINS, dtype=np.int64)
-    count_into(dense, single)
-    return from_dense(dense, float(single.min()), float(single.max())).histogram()
+    accumulator = Accumulator()
+    accumulator.add(values.astype(np.float32))
+    return accumulator.counts().histogram()
 
 
 def test_max_is_the_exact_range_widened_to_contain_zero() -> None:

@@ -66,11 +66,11 @@ def constant(proto: onnx.ModelProto, name: str) -> NDArray[Any]:
 
 def test_all_configurations_of_the_vta_preset_are_integer_only(vta: Quantizer) -> None:
     space = SearchSpace.preset("vta")
-    digests = set()
+    digests = {}
     for params in space.grid():
         quantized = vta.quantize(space.config(params))
         assert float_nodes(quantized.proto) == ()
-        digests.add(quantized.digest)
+        digests[tuple(params.values())] = quantized.digest
         # The same, looked at in another way: every float constant is a power of two or a bound.
         for tensor in quantized.proto.graph.initializer:
             values = numpy_helper.to_array(tensor)
@@ -78,7 +78,14 @@ def test_all_configurations_of_the_vta_preset_are_integer_only(vta: Quantizer) -
                 assert power_of_two(values), tensor.name
             if tensor.name.endswith("zero_point"):
                 assert not values.any(), tensor.name
-    assert len(digests) >= 8  # powers of two are coarse: some configurations coincide
+    # Powers of two are coarse, and some configurations coincide; but each knob tells some apart.
+    for position, knob in enumerate(space):
+        groups: dict[Any, set[str]] = {}
+        for values, digest in digests.items():
+            others = values[:position] + values[position + 1 :]
+            groups.setdefault(others, set()).add(digest)
+        varies = max(len(group) for group in groups.values()) > 1
+        assert varies == (space[knob].single() is False), knob
 
 
 def test_integers_alone_compute_what_the_model_computes(

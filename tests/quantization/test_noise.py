@@ -17,24 +17,24 @@ from optuna_quantune.quantization.config import MixedPrecision
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.noise import ADDITIVE
 from optuna_quantune.quantization.noise import layer_error
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.noise import quantization_error
+from optuna_quantune.quantization.noise import Saturation
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.quantizer import Quantizer
-from optuna_quantune.quantization.statistics import BINS
-from optuna_quantune.quantization.statistics import count_into
-from optuna_quantune.quantization.statistics import from_dense
+from optuna_quantune.quantization.statistics import Accumulator
 
 
 @pytest.mark.parametrize("clip", [1.0, 2.5, 6.0])
 @pytest.mark.parametrize("levels", [16, 255])
 def test_expected_error_is_the_error_of_really_quantizing(clip: float, levels: int) -> None:
     values = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
-    dense = np.zeros(BINS, dtype=np.int64)
-    count_into(dense, values)
-    histogram = from_dense(dense, float(values.min()), float(values.max())).histogram()
+    accumulator = Accumulator()
+    accumulator.add(values)
+    histogram = accumulator.counts().histogram()
     scale = 2 * clip / levels
     integers = np.clip(np.rint(values / scale), -(levels // 2), levels // 2)
     low, high = -scale * (levels // 2), scale * (levels // 2)
@@ -179,15 +179,21 @@ def test_prediction_orders_sets_of_float_layers_as_measured_noise_does(
 
 
 def test_noise_beyond_the_signal_does_not_add_up() -> None:
+    # Simulated where the sum was 10, which is what 100 times `ADDITIVE` is: it was 1.
+    saturation = Saturation(linear=100 * ADDITIVE, total=0.1, confusion=0.5, gain=0.25)
+
     def predicted(weights: float) -> NoisePrediction:
         parts = {"a": weights / 2, "b": weights / 2}
-        return NoisePrediction({"a": 0.01}, {"a": 0.02}, parts, {"a": 0.015}, weight_exponent=0.5)
+        return NoisePrediction({"a": 0.01}, {"a": 0.02}, parts, {"a": 0.015}, 8.0, saturation)
 
-    assert predicted(0.4).total == pytest.approx(0.43)
-    assert predicted(1.0).total == pytest.approx(1.03)
-    assert predicted(9.0).total == pytest.approx(3.03)
-    # Without the part of the clipping that only scales the output, and not saturated.
-    assert predicted(9.0).confusion == pytest.approx(9.015)
+    assert predicted(0.04).total == pytest.approx(0.07)
+    assert predicted(9.97).total == pytest.approx(1.0)
+    assert predicted(9.97).confusion == pytest.approx(0.5 * 9.985)
+    assert predicted(9.97).highest_output == pytest.approx(8.0 / 0.25)
+    # Half way, in decibels, half the decibels are gone.
+    assert predicted(0.97).total == pytest.approx(np.sqrt(0.1))
+    # Beyond the simulated one its factor holds.
+    assert predicted(99.97).total == pytest.approx(10.0)
 
 
 def test_a_prediction_does_not_depend_on_those_before_it(

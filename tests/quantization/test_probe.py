@@ -12,7 +12,10 @@ from onnx import numpy_helper
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.joint import joint_error
+from optuna_quantune.quantization.joint import JointNoise
 from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.probe import probe
@@ -84,7 +87,6 @@ def test_noise_of_a_weight_is_that_of_running_the_model_with_it(tmp_path: Path) 
         "first": inputs[:8] @ wrong["first"] @ second - exact,
         "second": inputs[:8] @ first @ wrong["second"] - exact,
     }
-    assert not found.all_weights_noise  # what each weight does may be added up
     for weight, error in errors.items():
         assert found.weight_noise[weight] == pytest.approx(np.mean(np.square(error)), rel=1e-3)
 
@@ -96,18 +98,59 @@ def test_weights_that_drown_the_signal_are_measured_together(tmp_path: Path) -> 
     second = rng.standard_normal((30, 20)).astype(np.float32) / spread[:, None]
     inputs = rng.standard_normal((64, 40)).astype(np.float32)
     quantizer = two_layers(tmp_path, first, second, inputs)
-    found = probe(quantizer, one_by_one(inputs, 8))
-    constants = quantizer.plan(
-        QuantizationConfig(granularity="tensor", scheme="symmetric")
-    ).constants
+    joint = JointNoise(quantizer, one_by_one(inputs, 8))
+    config = QuantizationConfig(granularity="tensor", scheme="symmetric")
+    constants = quantizer.plan(config).constants
     wrong = [
         quantizer.model.weights[layer.weight]
         + quantizer.weight_error(layer, constants[layer.weight])
         for layer in quantizer.model.layers
     ]
-    error = inputs[:8] @ wrong[0] @ wrong[1] - inputs[:8] @ first @ second
-    together = found.all_weights_noise["symmetric"]
-    assert together == pytest.approx(np.mean(np.square(error)), rel=1e-3)
+    exact = inputs[:8] @ first @ second
+    found = inputs[:8] @ wrong[0] @ wrong[1]
+    ratio = np.mean(np.square(found - exact)) / np.mean(np.square(exact))
+    assert joint.of_weights(config).total == pytest.approx(ratio, rel=1e-3)
+
+
+def test_a_drowned_configuration_is_predicted_from_its_simulation(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    spread = np.exp(4.0 * rng.standard_normal(30)).astype(np.float32)
+    first = rng.standard_normal((40, 30)).astype(np.float32) * spread
+    second = rng.standard_normal((30, 20)).astype(np.float32) / spread[:, None]
+    inputs = rng.standard_normal((32, 40)).astype(np.float32)
+    drowned = two_layers(tmp_path, first, second, inputs)
+    noise = NoiseModel(drowned, probe(drowned, one_by_one(inputs, 32)))
+    config = QuantizationConfig(granularity="tensor", scheme="symmetric")
+    prediction = noise.predict(config)
+    constants = drowned.plan(config).constants
+    wrong = [
+        drowned.model.weights[layer.weight] + drowned.weight_error(layer, constants[layer.weight])
+        for layer in drowned.model.layers
+    ]
+
+    def rounded(tensor: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        parameters = drowned.activation_parameters(tensor, config)
+        return parameters.dequantize(parameters.quantize(values))
+
+    found = rounded("y", rounded("h", rounded("x", inputs) @ wrong[0]) @ wrong[1])
+    exact = inputs @ first @ second
+    measured = np.mean(np.square(found - exact)) / np.mean(np.square(exact))
+    assert prediction.linear > 1.5 * measured  # the plain sum is wrong
+    assert prediction.total == pytest.approx(measured, rel=0.02)
+
+
+def test_what_is_left_of_a_signal_is_told_from_what_confuses_it() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((8, 1, 4000))
+    noise = rng.standard_normal((8, 1, 4000))
+    found = 0.5 * exact + 0.1 * noise + rng.standard_normal((8, 1, 1))
+    error = joint_error([[x] for x in found], [[x] for x in exact])
+    assert error.gain == pytest.approx(0.5, rel=0.01)
+    # A tenth beside a signal of one half is a fifth.
+    assert error.confusion == pytest.approx(0.2**2, rel=0.02)
+    assert error.total == pytest.approx(np.mean(np.square(found - exact)), rel=0.02)
+    silent = joint_error([[x] for x in noise], [[x] for x in exact])
+    assert silent.confusion > 1e3
 
 
 def test_moments_are_those_of_the_inputs_of_each_layer(

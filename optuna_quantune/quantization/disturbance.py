@@ -1,0 +1,407 @@
+"""The float model cut into a few graphs, so that an error in a tensor costs what lies behind it.
+
+An error changes nothing before its tensor. Each graph here begins at one of a few cuts, with what
+is computed before the cut as its inputs, and reaches to the outputs; behind the tensors between
+its cut and the next stands an addition whose second operand is an input, a single zero unless
+that tensor is disturbed. Weights stay constants, so that ONNX Runtime packs and fuses them as it
+does in the model itself. The error that a changed weight makes is known from the layer alone: one
+more graph computes every tensor, and the layers again with the changed weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from typing import Final
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import helper
+from onnx import TensorProto
+
+from optuna_quantune.quantization.model import FloatModel
+
+
+# Values of an input by name.
+Values: TypeAlias = Mapping[str, NDArray[Any]]
+# Makes the nodes between a tensor's names before and behind them.
+Insertion: TypeAlias = Callable[[str, str], list[onnx.NodeProto]]
+
+# Graphs that the model is cut into: with more of them each tensor is closer behind a cut, but they
+# all have to be prepared.
+_CUTS: Final = 6
+# Nodes that a layer's error is carried through, to a tensor that is disturbed anyway: an addition
+# before them would keep ONNX Runtime from fusing them with the layer.
+_ACTIVATION_FUNCTIONS: Final = ("Relu", "Clip")
+_ONLY_WHAT_IS_ASKED: Final = onnxruntime.RunOptions()
+_ONLY_WHAT_IS_ASKED.only_execute_path_to_fetches = True
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """Where an error is added, and what is added.
+
+    Attributes:
+        tensor: One of the tensors of a `DisturbableModel`.
+        error: Of the tensor's shape.
+    """
+
+    tensor: str
+    error: NDArray[np.float32]
+
+
+class DisturbableModel:
+    """Runs the float model, and what lies behind a tensor again with an error in it.
+
+    Args:
+        model: The float model.
+        tensors: Activations that errors are added to.
+        weights: Other values of the layers' weights, by name.
+        threads: Threads that share one run; None is one for each core.
+
+    Attributes:
+        names: Names of the outputs of real numbers.
+        kept: Names of the values that `run` needs.
+        size: Values of all disturbed tensors of one input, as far as their shapes are known.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        tensors: Iterable[str],
+        weights: Mapping[str, NDArray[np.float32]],
+        *,
+        threads: int | None = None,
+    ) -> None:
+        self.names = [spec.name for spec in model.outputs if spec.dtype.kind == "f"]
+        changes = _changes(model, set(tensors))
+        self._changes = {
+            weight: [change for change in changes if change.weight == weight] for weight in weights
+        }
+        disturbed = {*tensors, *(change.tensor for change in changes)}
+        parts = [
+            _Part.of(model, first, names, threads) for first, names in _cuts(model, disturbed)
+        ]
+        self._part_of = {tensor: part for part in parts for tensor in part.tensors}
+        self._inputs = [spec.name for spec in model.inputs]
+        begins = (name for part in parts for name in part.inputs)
+        read = (layer.input for layer in model.layers)
+        needed = dict.fromkeys([*self.names, *disturbed, *begins, *read])
+        sizes = _sizes(model)
+        self.size = sum(sizes.get(tensor, 1) for tensor in disturbed)
+        self._needed = [name for name in needed if name not in self._inputs]
+        self._whole = _with_changed_layers(model, changes, weights, self._needed, threads)
+        self.kept = frozenset([*self.names, *(name for part in parts for name in part.inputs)])
+
+    def start(
+        self, feed: Values, weights: Iterable[str] = ()
+    ) -> tuple[Values, dict[str, list[Disturbance]]]:
+        """Runs an input undisturbed.
+
+        Args:
+            feed: The input.
+            weights: Weights whose other values are tried.
+
+        Returns:
+            All tensors, inputs of layers and outputs by name, and for each of `weights` what its
+            other value changes in each layer that has it.
+        """
+        changes = [change for weight in weights for change in self._changes[weight]]
+        names = [*self._needed, *(_changed(c.tensor, c.weight) for c in changes)]
+        results = self._whole.run(names, dict(feed), _ONLY_WHAT_IS_ASKED)
+        values = dict(feed) | dict(zip(names, results, strict=True))
+        errors: dict[str, list[Disturbance]] = {change.weight: [] for change in changes}
+        for change in changes:
+            after = values.pop(_changed(change.tensor, change.weight))
+            error = Disturbance(change.tensor, after - values[change.tensor])
+            errors[change.weight].append(error)
+        return values, errors
+
+    def run(self, disturbance: Disturbance, values: Values) -> list[NDArray[np.float32]]:
+        """The outputs `names` when there is an error in one tensor.
+
+        Args:
+            disturbance: The error.
+            values: Of the undisturbed input; those that are `kept` suffice.
+        """
+        return self._part_of[disturbance.tensor].run(self.names, values, disturbance)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A layer computed again with another weight, as far as a tensor that is disturbed.
+
+    Attributes:
+        weight: Name of the weight.
+        tensor: Where the change is added.
+        nodes: The layer and the activation functions up to `tensor`.
+    """
+
+    weight: str
+    tensor: str
+    nodes: tuple[onnx.NodeProto, ...]
+
+
+def _changes(model: FloatModel, tensors: set[str]) -> list[_Change]:
+    graph = model.proto.graph
+    writers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in _reads(node):
+            readers.setdefault(name, []).append(node)
+    kept = {value.name for value in graph.output}
+    changes = []
+    for layer in model.layers:
+        tensor, nodes = layer.output, [writers[layer.output]]
+        while tensor not in tensors | kept and len(readers.get(tensor, [])) == 1:
+            reader = readers[tensor][0]
+            if reader.op_type not in _ACTIVATION_FUNCTIONS:
+                break
+            tensor = reader.output[0]
+            nodes.append(reader)
+        if tensor not in tensors:
+            tensor, nodes = layer.output, nodes[:1]
+        changes.append(_Change(layer.weight, tensor, tuple(nodes)))
+    return changes
+
+
+def _with_changed_layers(
+    model: FloatModel,
+    changes: Sequence[_Change],
+    weights: Mapping[str, NDArray[np.float32]],
+    outputs: Sequence[str],
+    threads: int | None,
+) -> onnxruntime.InferenceSession:
+    """The model with more outputs, and with its layers once more."""
+    proto, _ = behind(model, 0, {}, [], declared=True)
+    graph = proto.graph
+    known = {value.name for value in graph.output}
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
+    for change in changes:
+        if change.weight not in weights:
+            continue
+        names = {name: _changed(name, change.weight) for n in change.nodes for name in n.output}
+        names[change.weight] = f"{change.weight}__changed"
+        graph.node.extend(_renamed(node, names, names) for node in change.nodes)
+        graph.output.append(onnx.ValueInfoProto(name=names[change.tensor]))
+    others = {f"{name}__changed": weight for name, weight in weights.items()}
+    graph.initializer.extend(_declare(name, value) for name, value in others.items())
+    return _session(proto, _declared(proto, model) | others, threads)
+
+
+def _changed(tensor: str, weight: str) -> str:
+    return f"{tensor}__with_changed__{weight}"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """All nodes behind a cut.
+
+    Attributes:
+        session: The graph.
+        inputs: The values that it begins with.
+        tensors: The tensors that can be disturbed in it.
+        added: Those of them with an addition; the others are among `inputs`.
+    """
+
+    session: onnxruntime.InferenceSession
+    inputs: tuple[str, ...]
+    tensors: tuple[str, ...]
+    added: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, model: FloatModel, first: int, tensors: Sequence[str], threads: int | None
+    ) -> _Part:
+        """The nodes from number `first` on, with additions behind `tensors`."""
+
+        def addition(tensor: str) -> Insertion:
+            def make(before: str, after: str) -> list[onnx.NodeProto]:
+                return [helper.make_node("Add", [before, _error(tensor)], [after])]
+
+            return make
+
+        written = {name for node in model.proto.graph.node[first:] for name in node.output}
+        added = tuple(tensor for tensor in tensors if tensor in written)
+        proto, begins = behind(
+            model,
+            first,
+            {tensor: addition(tensor) for tensor in added},
+            [helper.make_tensor_value_info(_error(t), TensorProto.FLOAT, None) for t in added],
+            declared=True,
+        )
+        session = _session(proto, _declared(proto, model), threads)
+        return cls(session, begins, tuple(tensors), added)
+
+    def run(
+        self, names: Sequence[str], values: Values, disturbance: Disturbance
+    ) -> list[NDArray[np.float32]]:
+        tensor, error = disturbance.tensor, disturbance.error
+        feed = {name: values[name] for name in self.inputs}
+        feed |= {_error(name): np.zeros(1, dtype=np.float32) for name in self.added}
+        feed |= {_error(tensor): error} if tensor in self.added else {tensor: feed[tensor] + error}
+        outputs: list[NDArray[np.float32]] = self.session.run(list(names), feed)
+        return outputs
+
+
+def _sizes(model: FloatModel) -> dict[str, int]:
+    graph = model.proto.graph
+    return {
+        value.name: int(np.prod([max(1, d.dim_value) for d in value.type.tensor_type.shape.dim]))
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+
+
+def _cuts(model: FloatModel, tensors: set[str]) -> list[tuple[int, tuple[str, ...]]]:
+    """The first node of each part, and the tensors that are disturbed in it.
+
+    Additions cost more the larger their tensors are: each part has about as many values to add.
+    """
+    graph, sizes = model.proto.graph, _sizes(model)
+    written = [
+        *((0, spec.name) for spec in model.inputs if spec.name in tensors),
+        *(
+            (number, name)
+            for number, node in enumerate(graph.node)
+            for name in node.output
+            if name in tensors
+        ),
+    ]
+    size = np.array([sizes.get(name, 1) for _, name in written])
+    number_of_part = (np.cumsum(size) - size / 2.0) * _CUTS // size.sum()
+    read = {name: number for number, node in enumerate(graph.node) for name in _reads(node)}
+    outputs = {value.name for value in graph.output}
+    parts = []
+    for part in np.unique(number_of_part):
+        chunk = [written[i] for i in np.flatnonzero(number_of_part == part)]
+        first, name = chunk[0]
+        behind_it = part > 0 and name not in outputs and read.get(name, -1) > first
+        parts.append((first + behind_it, tuple(name for _, name in chunk)))
+    return parts
+
+
+def behind(
+    model: FloatModel,
+    first: int,
+    insertions: Mapping[str, Insertion],
+    inputs: Sequence[onnx.ValueInfoProto],
+    *,
+    declared: bool = False,
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """A part of the model with nodes inserted behind tensors.
+
+    Args:
+        model: The float model.
+        first: Number of the first node of the part, which reaches to the outputs.
+        insertions: For each tensor what makes the nodes behind it, from the names of the tensor
+            before and behind them.
+        inputs: What the inserted nodes read.
+        declared: Whether the weights and biases of layers are only declared.
+
+    Returns:
+        The part, and the names of the values that it begins with.
+    """
+    source = model.proto
+    graph, nodes_behind = source.graph, source.graph.node[first:]
+    written = {name for node in nodes_behind for name in node.output}
+    constants = {tensor.name for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    types = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
+    read = dict.fromkeys(name for node in nodes_behind for name in _reads(node))
+    begins = tuple(n for n in read if n in types and n not in written | constants)
+    # An output of the model keeps its name for what is read from outside.
+    before = {t: f"{t}__before" if t in outputs else t for t in insertions}
+    after = {t: t if t in outputs else f"{t}__after" for t in insertions}
+    nodes = [n for t in begins if t in insertions for n in insertions[t](before[t], after[t])]
+    for node in nodes_behind:
+        nodes.append(_renamed(node, after, before))
+        for name in node.output:
+            if name in insertions:
+                nodes.extend(insertions[name](before[name], after[name]))
+    used = {name for node in nodes for name in _reads(node)}
+    proto = helper.make_model(
+        helper.make_graph(
+            nodes,
+            graph.name,
+            [*(types[name] for name in begins), *inputs],
+            [value for value in graph.output if value.name in written],
+            [
+                _declare(t.name, model.weights[t.name])
+                if declared and t.name in model.weights
+                else t
+                for t in graph.initializer
+                if t.name in used
+            ],
+        ),
+        opset_imports=source.opset_import,
+        ir_version=source.ir_version,
+    )
+    return proto, begins
+
+
+def _declared(proto: onnx.ModelProto, model: FloatModel) -> dict[str, NDArray[np.float32]]:
+    """The values of what `behind` declared in `proto`."""
+    names = [tensor.name for tensor in proto.graph.initializer]
+    return {name: model.weights[name] for name in names if name in model.weights}
+
+
+def _declare(name: str, value: NDArray[np.float32]) -> TensorProto:
+    """An initializer without its values."""
+    tensor = TensorProto(
+        name=name,
+        dims=value.shape,
+        data_type=TensorProto.FLOAT,
+        data_location=TensorProto.EXTERNAL,
+    )
+    # ONNX Runtime wants the name of a file, and never opens it.
+    tensor.external_data.add(key="location", value="memory")
+    return tensor
+
+
+def _session(
+    proto: onnx.ModelProto, weights: Mapping[str, NDArray[np.float32]], threads: int | None
+) -> onnxruntime.InferenceSession:
+    """A session with weights that are only declared: copying them takes longer than a probe."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+    options.add_external_initializers(list(weights), values)
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _renamed(
+    node: onnx.NodeProto, inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.name = ""
+    for position, name in enumerate(copy.input):
+        copy.input[position] = inputs.get(name, name)
+    for position, name in enumerate(copy.output):
+        copy.output[position] = outputs.get(name, name)
+    return copy
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """Names of the values that a node, or a graph within it, needs."""
+    names = list(node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            written = {name for inner in graph.node for name in inner.output}
+            names += [n for inner in graph.node for n in _reads(inner) if n not in written]
+    return names
+
+
+def _error(tensor: str) -> str:
+    return f"{tensor}__error"

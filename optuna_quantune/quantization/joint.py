@@ -1,0 +1,199 @@
+"""What the errors of a whole configuration do together, where they no longer add up.
+
+Powers of errors add up as long as the errors are small beside the signal. Beyond that a network
+saturates, or falls silent, and errors of activations meet other gains than those of the float
+model. Here the float model runs with all weights, or all weights and activations, rounded and
+clipped as a configuration says, on a few inputs: what it gives beside the float outputs holds for
+every configuration that differs in details only (`noise.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from typing import Final
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import helper
+from onnx import NodeProto
+from onnx import TensorProto
+from onnx import ValueInfoProto
+
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.disturbance import behind
+from optuna_quantune.quantization.disturbance import Insertion
+from optuna_quantune.quantization.quantizer import QuantizationPlan
+from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.scheme import QuantizationParameters
+from optuna_quantune.quantization.session import make_session
+
+
+# Beyond it no prediction survives: what is left of the signal cannot be told from none.
+_SILENT: Final = 1e4
+
+
+@dataclass(frozen=True)
+class JointError:
+    """What quantization makes of the outputs.
+
+    Attributes:
+        total: Power of the error over that of the float output.
+        confusion: The same of what remains of the first output when the best scale for all inputs
+            and a shift of each are taken off, over what remains of the signal: a signal that is
+            half as large is confused by half the noise.
+        gain: That scale.
+    """
+
+    total: float
+    confusion: float
+    gain: float
+
+
+class JointNoise:
+    """Runs the float model with whole configurations in it, once for each.
+
+    Args:
+        quantizer: Of the float model.
+        inputs: A few inputs of batch size 1, by name.
+        threads: Threads that share one run; None is one for each core.
+    """
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        inputs: Sequence[Mapping[str, NDArray[Any]]],
+        *,
+        threads: int | None = None,
+    ) -> None:
+        self._threads = threads
+        self._quantizer = quantizer
+        self._model = quantizer.model
+        self._inputs = inputs
+        self._names = [s.name for s in self._model.outputs if s.dtype.kind == "f"]
+        self._sessions: dict[frozenset[str], onnxruntime.InferenceSession] = {}
+        self._known: dict[tuple[bytes, ...], JointError] = {}
+
+    def of_weights(self, config: QuantizationConfig) -> JointError:
+        """What all weights that `config` quantizes do."""
+        return self._run(self._quantizer.plan(config), {})
+
+    def of_everything(self, config: QuantizationConfig) -> JointError:
+        """What all weights and activations that `config` quantizes do."""
+        plan = self._quantizer.plan(config)
+        sites = self._quantizer.placement(plan.float_layers, config.fusion).activations
+        return self._run(plan, {site.statistics: plan.activations[site.tensor] for site in sites})
+
+    def _run(
+        self, plan: QuantizationPlan, activations: Mapping[str, QuantizationParameters]
+    ) -> JointError:
+        layers = [layer for layer in self._model.layers if layer.weight in plan.constants]
+        used = {layer.weight: plan.constants[layer.weight] for layer in layers} | dict(activations)
+        key = tuple(
+            name.encode() + p.scale.tobytes() + p.zero_point.tobytes() for name, p in used.items()
+        )
+        if key not in self._known:
+            parameters: dict[str, NDArray[Any]] = {
+                layer.weight: self._model.weights[layer.weight]
+                + self._quantizer.weight_error(layer, plan.constants[layer.weight])
+                for layer in layers
+            }
+            for tensor, p in activations.items():
+                limits = p.lowest - p.zero_point, p.highest - p.zero_point
+                for name, value in zip(_parameters(tensor), (p.scale, *limits), strict=True):
+                    parameters[name] = np.asarray(value, dtype=np.float32)
+            session = self._session(frozenset(activations))
+            self._known[key] = joint_error(
+                [session.run(self._names, dict(feed) | parameters) for feed in self._inputs],
+                self._float_outputs,
+            )
+        return self._known[key]
+
+    @cached_property
+    def _float_outputs(self) -> list[list[NDArray[np.float32]]]:
+        session = self._session(frozenset())
+        return [session.run(self._names, dict(feed)) for feed in self._inputs]
+
+    def _session(self, tensors: frozenset[str]) -> onnxruntime.InferenceSession:
+        """The model with weights as inputs, and rounding behind `tensors`."""
+        if tensors not in self._sessions:
+            names = sorted(tensors)
+            given = {value.name for value in self._model.proto.graph.input}
+            weights = {layer.weight for layer in self._model.layers} - given
+            proto, _ = behind(
+                self._model,
+                0,
+                {tensor: _rounding(tensor) for tensor in names},
+                [
+                    *(_value(name, ()) for tensor in names for name in _parameters(tensor)),
+                    *(_value(weight, None) for weight in sorted(weights)),
+                ],
+            )
+            self._sessions[tensors] = make_session(proto, threads=self._threads)
+        return self._sessions[tensors]
+
+
+def joint_error(
+    outputs: Sequence[Sequence[NDArray[np.float32]]],
+    reference: Sequence[Sequence[NDArray[np.float32]]],
+) -> JointError:
+    """Compares outputs with those of the float model.
+
+    Args:
+        outputs: For each input the model's outputs.
+        reference: The same of the float model.
+    """
+    tiny = np.finfo(np.float64).tiny
+    ratios = []
+    for number in range(len(reference[0])):
+        pairs = [(a[number], b[number]) for a, b in zip(outputs, reference, strict=True)]
+        error, power = sum(_energy(a - b) for a, b in pairs), sum(_energy(b) for _, b in pairs)
+        ratios.append(error / max(power, tiny))
+    after = [_centered(parts[0]) for parts in outputs]
+    before = [_centered(parts[0]) for parts in reference]
+    signal = max(sum(map(_energy, before)), tiny)
+    common = sum(float(np.vdot(a, b)) for a, b in zip(after, before, strict=True))
+    gain = common / signal
+    left = sum(_energy(a - gain * b) for a, b in zip(after, before, strict=True))
+    power = max(sum(_energy(parts[0]) for parts in reference), tiny)
+    silent = gain <= 0.0 or left > _SILENT * gain**2 * power
+    confusion = _SILENT if silent else left / (gain**2 * power)
+    return JointError(float(np.mean(ratios)), confusion, gain)
+
+
+def _centered(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    exact = values.astype(np.float64)
+    centered: NDArray[np.float64] = exact - exact.mean()
+    return centered
+
+
+def _energy(values: NDArray[Any]) -> float:
+    return float(np.sum(np.square(values, dtype=np.float64)))
+
+
+def _rounding(tensor: str) -> Insertion:
+    """Rounds and clips; ONNX Runtime wants the parameters of its own Q/DQ nodes constant."""
+    scale, lowest, highest = _parameters(tensor)
+
+    def make(before: str, after: str) -> list[NodeProto]:
+        steps, rounded, clipped = (f"{tensor}__{part}" for part in ("steps", "rounded", "clipped"))
+        return [
+            helper.make_node("Div", [before, scale], [steps]),
+            helper.make_node("Round", [steps], [rounded]),
+            helper.make_node("Clip", [rounded, lowest, highest], [clipped]),
+            helper.make_node("Mul", [clipped, scale], [after]),
+        ]
+
+    return make
+
+
+def _parameters(tensor: str) -> tuple[str, str, str]:
+    return f"{tensor}__scale", f"{tensor}__lowest", f"{tensor}__highest"
+
+
+def _value(name: str, shape: Sequence[int] | None) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+from onnx import numpy_helper
+
+from optuna_quantune.quantization.disturbance import DisturbableModel
+from optuna_quantune.quantization.disturbance import Disturbance
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import load_float_model
+
+
+BLOCKS = 8
+WIDTH = 12
+
+
+@pytest.fixture(scope="module")
+def weights() -> list[NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    return [(rng.standard_normal((WIDTH, WIDTH)) / 3).astype(np.float32) for _ in range(BLOCKS)]
+
+
+@pytest.fixture(scope="module")
+def residual_model(
+    tmp_path_factory: pytest.TempPathFactory, weights: list[NDArray[np.float32]]
+) -> FloatModel:
+    """Blocks of x + relu(x w), so that every cut has values to carry past it."""
+    nodes, before = [], "x"
+    for number in range(BLOCKS):
+        after = f"sum{number}" if number < BLOCKS - 1 else "y"
+        nodes += [
+            helper.make_node("MatMul", [before, f"w{number}"], [f"h{number}"], name=f"l{number}"),
+            helper.make_node("Relu", [f"h{number}"], [f"r{number}"]),
+            helper.make_node("Add", [before, f"r{number}"], [after]),
+        ]
+        before = after
+    graph = helper.make_graph(
+        nodes,
+        "residual",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, WIDTH])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, WIDTH])],
+        [numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    path = tmp_path_factory.mktemp("residual") / "model.onnx"
+    onnx.save(model, path)
+    return load_float_model(path)
+
+
+def by_hand(
+    x: NDArray[np.float32],
+    weights: list[NDArray[np.float32]],
+    tensor: str = "",
+    error: NDArray[np.float32] | float = 0.0,
+) -> NDArray[np.float32]:
+    def disturbed(name: str, value: NDArray[np.float32]) -> NDArray[np.float32]:
+        return value + error if name == tensor else value
+
+    x = disturbed("x", x)
+    for number, weight in enumerate(weights):
+        r = disturbed(f"r{number}", np.maximum(x @ weight, 0.0))
+        x = disturbed(f"sum{number}" if number < BLOCKS - 1 else "y", x + r)
+    return x
+
+
+TENSORS = ["x", *(f"r{i}" for i in range(BLOCKS)), *(f"sum{i}" for i in range(BLOCKS - 1)), "y"]
+
+
+def test_an_error_reaches_the_output_as_by_hand_from_every_tensor(
+    residual_model: FloatModel, weights: list[NDArray[np.float32]]
+) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1, WIDTH)).astype(np.float32)
+    model = DisturbableModel(residual_model, TENSORS, {})
+    values, _ = model.start({"x": x})
+    np.testing.assert_allclose(values["y"], by_hand(x, weights), rtol=1e-5)
+    kept = {name: values[name] for name in model.kept}
+    for tensor in TENSORS:
+        error = rng.standard_normal((1, WIDTH)).astype(np.float32)
+        (output,) = model.run(Disturbance(tensor, error), kept)
+        np.testing.assert_allclose(output, by_hand(x, weights, tensor, error), rtol=1e-4)
+
+
+def test_a_changed_weight_disturbs_as_the_model_with_that_weight_does(
+    residual_model: FloatModel, weights: list[NDArray[np.float32]]
+) -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((1, WIDTH)).astype(np.float32)
+    changed = {
+        f"w{i}": (w + rng.normal(0, 0.1, w.shape)).astype("f4") for i, w in enumerate(weights)
+    }
+    model = DisturbableModel(residual_model, TENSORS, changed)
+    values, found = model.start({"x": x}, ["w0", "w5", "w7"])
+    assert list(found) == ["w0", "w5", "w7"]
+    for name, disturbances in found.items():
+        # Behind the Relu, where an error is added without keeping it from being fused.
+        assert [d.tensor for d in disturbances] == [f"r{name[1:]}"]
+        (output,) = model.run(disturbances[0], values)
+        others = [changed[name] if f"w{i}" == name else w for i, w in enumerate(weights)]
+        np.testing.assert_allclose(output, by_hand(x, others), rtol=1e-4)
