@@ -390,14 +390,18 @@ def statistics_sources(
 
     - What a Relu or Clip without a sibling cuts off never matters, so the tensor before it takes
       the range behind it (ONNX Runtime does the same in ``adjust_tensor_ranges``).
+    - What nothing but a Concat reads takes the range of its result: it would be rounded to those
+      steps anyway, so that steps of its own are only another rounding, and an integer Concat of
+      equal steps copies (a third of the time). Not where some parts end with a Relu or Clip and
+      others do not, because the range of the result does not imply the Relu.
     - Nodes that only move or pool values keep their input's parameters where the input is
       quantized. Where it is not, because the layer before stays in float, their output gets
       parameters of its own; its values still lie in the input's range.
 
     Args:
         graph: The float model.
-        before_activations: Whether the first rule holds; without it the tensor before a Relu or
-            Clip has a range of its own.
+        before_activations: Whether the first two rules hold; without them what is before a Relu,
+            Clip or Concat has a range of its own.
     """
     outputs = {output.name for output in graph.output}
     readers: dict[str, int] = {}
@@ -405,9 +409,16 @@ def statistics_sources(
         for name in node.input:
             readers[name] = readers.get(name, 0) + 1
     sources: dict[str, str] = {}
+    writers = {name: node.op_type for node in graph.node for name in node.output}
     for node in reversed(graph.node) if before_activations else ():
         tensor = node.input[0] if node.input else ""
-        if node.op_type in ("Relu", "Clip") and readers[tensor] == 1 and tensor not in outputs:
+        if node.op_type == "Concat":
+            parts = [name for name in node.input if writers.get(name) not in MOVING_OPS]
+            alone = all(readers[name] == 1 and name not in outputs for name in parts)
+            if alone and len({writers.get(name) in ACTIVATION_OPS for name in parts}) == 1:
+                source = sources.get(node.output[0], node.output[0])
+                sources.update(dict.fromkeys(parts, source))
+        elif node.op_type in ("Relu", "Clip") and readers[tensor] == 1 and tensor not in outputs:
             sources[tensor] = sources.get(node.output[0], node.output[0])
     for node in graph.node:
         if node.op_type in MOVING_OPS:

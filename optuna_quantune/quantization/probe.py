@@ -51,7 +51,7 @@ _CLIPPED_SHARE: Final = 1e-3
 _NEGLIGIBLE: Final = 0.003
 # Simulations of whole configurations that are expected to be asked for, which share the budget.
 _JOINT_RUNS: Final = 64
-_FEWEST_JOINT: Final = 2
+_FEWEST_JOINT: Final = 8
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def float_order(
         noise: What each tensor and weight contributes to the output's noise then.
 
     Returns:
-        At most `LONGEST_ORDER` steps of one or two names that `placement.keep_float` takes.
+        At most `LONGEST_ORDER` steps of one or a few names that `placement.keep_float` takes.
     """
     graph = _Graph.of(model, placement, noise)
     total_noise, total_time = graph.noise(frozenset()), graph.time(frozenset())
@@ -188,9 +188,14 @@ class _Graph:
         return cls(nodes, tensors, frozenset(seen - set(nodes)))
 
     def moves(self) -> list[tuple[str, ...]]:
-        """Single nodes, outputs, and the two ends of each edge."""
+        """Single nodes, outputs, the two ends of each edge, and all that write one tensor."""
         found: dict[tuple[str, ...], None] = {(name,): None for name in self.nodes}
         for tensor in self.tensors.values():
+            together = tuple(sorted(tensor.writers & set(self.nodes)))
+            if len(together) > 1:  # the parts of a Concat, and the Concat
+                found[together] = None
+                for reader in sorted(tensor.readers & set(self.nodes) - set(together)):
+                    found[*together, reader] = None
             for writer in sorted(tensor.writers & set(self.nodes)):
                 for reader in sorted(tensor.readers & set(self.nodes) - {writer}):
                     found[writer, reader] = None

@@ -215,3 +215,67 @@ def test_a_float_layer_between_quantized_ones_stays_float_when_it_is_loaded(
     np.testing.assert_array_equal(
         run(proto, toy_inputs), as_written.run(None, {"input": toy_inputs})[0]
     )
+
+
+def two_branches(
+    *, rectified: tuple[bool, bool] = (True, True), read_twice: bool = False
+) -> onnx.ModelProto:
+    """Two convolutions of the input, one with results ten times as large, joined and read."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "small.weight": 0.1 * rng.normal(size=(4, 3, 1, 1)),
+        "large.weight": rng.normal(size=(4, 3, 1, 1)),
+        "last.weight": rng.normal(size=(3, 8, 1, 1)),
+    }
+    nodes = []
+    parts = []
+    for name, relu in zip(("small", "large"), rectified, strict=True):
+        nodes.append(helper.make_node("Conv", ["input", f"{name}.weight"], [name], name))
+        if relu:
+            nodes.append(helper.make_node("Relu", [name], [f"{name}.relu"], f"{name}_relu"))
+        parts.append(f"{name}.relu" if relu else name)
+    nodes.append(helper.make_node("Concat", parts, ["joined"], "join", axis=1))
+    nodes.append(helper.make_node("Conv", ["joined", "last.weight"], ["output"], "last"))
+    outputs = [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["n", 3, 6, 6])]
+    if read_twice:
+        nodes.append(helper.make_node("GlobalAveragePool", [parts[0]], ["mean"], "average"))
+        outputs.append(
+            helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, ["n", 4, 1, 1])
+        )
+    graph = helper.make_graph(
+        nodes,
+        "branches",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 3, 6, 6])],
+        outputs,
+        [numpy_helper.from_array(v.astype(np.float32), name) for name, v in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize(
+    ("rectified", "read_twice", "shared"),
+    [
+        ((True, True), False, True),
+        ((False, False), False, True),
+        ((True, False), False, False),  # the result's range has negative values, the Relu's none
+        ((True, True), True, False),  # the other reader would meet coarser steps
+    ],
+)
+def test_parts_of_a_concat_have_the_steps_of_its_result(
+    rectified: tuple[bool, bool],
+    read_twice: bool,
+    shared: bool,
+    make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
+    tmp_path: Path,
+) -> None:
+    onnx.save(two_branches(rectified=rectified, read_twice=read_twice), tmp_path / "model.onnx")
+    inputs = np.random.default_rng(1).normal(size=(32, 3, 6, 6)).astype(np.float32)
+    quantizer = make_quantizer(load_float_model(tmp_path / "model.onnx"), inputs)
+    proto = quantizer.quantize(QuantizationConfig()).proto
+    scales = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+    writers = {name: node for node in proto.graph.node for name in node.output}
+    join = next(node for node in proto.graph.node if node.op_type == "Concat")
+    behind = next(node for node in proto.graph.node if join.output[0] in node.input)
+    result = scales[behind.input[1]]
+    parts = [scales[writers[name].input[1]] for name in join.input]
+    assert (parts[0] == result and parts[1] == result) == shared
