@@ -14,8 +14,10 @@ from scipy import stats
 
 from benchmarks import machine
 from benchmarks import ranking
+from benchmarks.replay import exact_values
 from benchmarks.replay import HORIZON
 from benchmarks.replay import NOTIONS
+from benchmarks.replay import SLOW
 from benchmarks.scores import against_the_best
 from benchmarks.scores import interval_of_mean
 from benchmarks.scores import Score
@@ -23,6 +25,7 @@ from benchmarks.tables import Table
 
 
 BUDGETS = (1, 3, 5, 10, 15, 25)
+TESTED_BUDGETS = BUDGETS[1:]
 # The samplers that the others are compared with, the first that has runs.
 OURS = ("quantune+transfer", "quantune+features", "quantune")
 
@@ -68,6 +71,7 @@ def write(loaded: dict[str, Table], scores: list[Score], folder: Path) -> None:
         *trials_section(summary, order, len(next(iter(loaded.values())).rows)),
         *speedup_section(exact, order, ours),
         *ranking_section(ranks, exact, ours),
+        *paired_section(loaded, exact, order),
         *regret_section(curves, order),
         *first_trial_section(loaded, exact),
         *by_table_section(summary, order, list(loaded)),
@@ -153,10 +157,11 @@ def trials_section(summary: pd.DataFrame, order: list[str], size: int) -> list[s
         "",
         "Accuracy on all inputs is the truth and what the samplers see; the best is that of all",
         f"{size} configurations. Means over tables and seeds; a run that did not get there in",
-        f"{size} trials counts with {size + 1} and all its seconds, and `reached` is the share of",
-        "runs that did. `tie`: until a paired 95 % interval cannot tell the best so far from the",
-        "best of all; what is beyond that is luck on these inputs. Seconds are the recorded ones",
-        "of each trial (build, evaluation, latency) and the sampler's own; a configuration that",
+        f"{size} trials ({HORIZON} for {' and '.join(SLOW)}) counts with {size + 1} and all its",
+        "seconds, and `reached` is the share of runs that did. `tie`: a paired 95 % interval",
+        "cannot tell the best so far from the best of all; the rest is luck on these",
+        "inputs. Seconds are the recorded ones of each trial (build, evaluation, latency) and the",
+        "sampler's own; a configuration that",
         "builds the model of an earlier trial costs its build only. What all share (calibration,",
         "outputs of the float model) is not in them. `repeats`: share of the first",
         f"{HORIZON} trials that ask again; `sampler`: median milliseconds a trial.",
@@ -250,6 +255,66 @@ def ranking_section(ranks: ranking.Ranking, scores: list[Score], ours: str) -> l
         p = f"{corrected[name]:.2g}" if name in corrected else ""
         lines.append(f"| {name} | {mean_rank:.1f} | {p} |")
     return [*lines, ""]
+
+
+def paired_section(loaded: dict[str, Table], scores: list[Score], order: list[str]) -> list[str]:
+    """Normalised regret of ours against every other sampler, with paired tests."""
+    extents = {name: 100 * float(np.ptp(exact_values(table))) for name, table in loaded.items()}
+    frame = pd.DataFrame(
+        {"sampler": s.run.sampler, "table": s.run.table, "seed": s.run.seed}
+        | {n: 100 * s.regret[n - 1] / extents[s.run.table] for n in TESTED_BUDGETS}
+        for s in scores
+    )
+    regrets = {
+        name: group.set_index(["table", "seed"]) for name, group in frame.groupby("sampler")
+    }
+    lines = [
+        "## Paired tests of the normalised regret",
+        "",
+        "Normalised regret is regret in percent of what lies between the best and the worst",
+        "configuration of a table. Each cell: the regret of the row's sampler minus that of ours,",
+        "mean over the tables and the seeds that both have; p of Wilcoxon's signed-rank test,",
+        "paired by table and seed and corrected by Holm's method over the rows; and p of the",
+        "permutation test by signs of the tables' mean differences, which speaks of models in",
+        f"general and cannot be below {2 / 2 ** len(loaded):.2g} with {len(loaded)} tables.",
+        "Above 0: ours is ahead.",
+        "",
+    ]
+    for ours in (name for name in OURS if name in order):
+        others = [name for name in order if name != ours]
+        lines += [
+            f"{ours}: mean normalised regret "
+            + ", ".join(f"{regrets[ours][n].mean():.3f} at {n}" for n in TESTED_BUDGETS)
+            + " trials.",
+            "",
+            f"| minus {ours} | " + " | ".join(f"{n} trials" for n in TESTED_BUDGETS) + " |",
+            "| --- |" + " --- |" * len(TESTED_BUDGETS),
+        ]
+        columns = [paired_cells(regrets, ours, others, n) for n in TESTED_BUDGETS]
+        for row, name in enumerate(others):
+            lines.append(f"| {name} | " + " | ".join(column[row] for column in columns) + " |")
+        lines.append("")
+    return lines
+
+
+def paired_cells(
+    regrets: dict[str, pd.DataFrame], ours: str, others: list[str], budget: int
+) -> list[str]:
+    """Mean difference of each of the others to ours, and its two p values, as text."""
+    means, over_runs, over_tables = [], [], []
+    for name in others:
+        columns = [regrets[name][budget], regrets[ours][budget]]
+        pairs = pd.concat(columns, axis="columns", join="inner", keys=["theirs", "ours"])
+        theirs, own = pairs.to_numpy(np.float64).T
+        by_table = (pairs["theirs"] - pairs["ours"]).groupby(level="table").mean()
+        means.append(float(by_table.mean()))
+        over_runs.append(ranking.signed_rank_p_value(theirs, own))
+        over_tables.append(ranking.sign_flip_p_value(by_table.to_numpy(np.float64)))
+    corrected = ranking.holm(np.array(over_runs))
+    return [
+        f"{mean:+.3f} (p {p:.1g}; {p_tables:.2g})"
+        for mean, p, p_tables in zip(means, corrected, over_tables, strict=True)
+    ]
 
 
 def regret_section(curves: pd.DataFrame, order: list[str]) -> list[str]:

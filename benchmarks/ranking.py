@@ -78,6 +78,20 @@ def signed_rank_p_value(first: NDArray[np.float64], second: NDArray[np.float64])
     return float(stats.wilcoxon(first, second, zero_method="zsplit").pvalue)
 
 
+def sign_flip_p_value(differences: NDArray[np.float64]) -> float:
+    """Exact two-sided test that differences are symmetric around 0: all sign changes of them.
+
+    With the mean difference of each table as input, the tables are the sample, so that what is
+    said holds for tables like these and not for these alone; n tables give no p below 2 / 2^n.
+
+    Args:
+        differences: One a table, float64 of shape (tables,), at most 20.
+    """
+    signs = np.indices((2,) * len(differences)).reshape(len(differences), -1) * 2 - 1
+    means = np.abs(differences @ signs)
+    return float(np.mean(means >= means[-1] * (1 - 1e-9)))
+
+
 def cliques(ranking: Ranking) -> list[tuple[int, int]]:
     """First and last positions of the widest groups within the critical difference."""
     groups: list[tuple[int, int]] = []

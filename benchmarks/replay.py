@@ -41,6 +41,8 @@ from optuna_quantune.space import SearchSpace
 Notion = Literal["exact", "half"]
 NOTIONS: tuple[Notion, ...] = get_args(Notion)
 HORIZON = 25
+# Takes most of a second for a trial; its runs end after `HORIZON` trials in any case.
+SLOW = ("smac",)
 # Models of one architecture: none of them is a source when another one is searched.
 _FAMILIES = {
     "cifar10_resnet8": "ResNet",
@@ -93,7 +95,7 @@ def replay(table: Table, name: str, seed: int, notion: Notion = "exact") -> Run:
     """
     values = exact_values(table) if notion == "exact" else halves(table, seed)[0]
     best = values.max() if notion == "exact" else np.inf
-    limit = len(table.rows) if notion == "exact" else HORIZON
+    limit = len(table.rows) if notion == "exact" and name not in SLOW else HORIZON
     space = SearchSpace.preset("quantune")
     with warnings.catch_warnings():
         # Samplers say that they are experimental, or that they take to random numbers at first.
@@ -153,7 +155,7 @@ def make(name: str, space: SearchSpace, table: Table, seed: int) -> BaseSampler:
     """
 
     def features(params: Mapping[str, Any]) -> dict[str, float]:
-        return table.features(dict(params))
+        return recorded_features(table.name)[table.key(dict(params))]
 
     if name == "quantune":
         return QuantuneSampler(space, seed=seed)
@@ -188,6 +190,12 @@ def source_names(table: Table) -> list[str]:
 
 
 @cache
+def recorded_features(name: str) -> dict[int, dict[str, float]]:
+    """The features of every configuration of a table, by its row."""
+    return _features(tables.load(name))
+
+
+@cache
 def as_study(name: str) -> optuna.Study:
     """A table as the finished study of an exhaustive search, with what was predicted."""
     table = tables.load(name)
@@ -201,7 +209,7 @@ def as_study(name: str) -> optuna.Study:
             params=params,
             distributions=dict(space),
             value=float(values[table.key(params)]),
-            user_attrs=table.features(params),
+            user_attrs=recorded_features(name)[table.key(params)],
         )
         for params in space.grid()
     ]
@@ -240,9 +248,16 @@ def digest(table: Table, name: str) -> str:
     """
     parts: list[Any] = [exact_values(table).tolist(), table.rows["correct"].tolist()]
     if name in ("quantune+features", "quantune+transfer"):
-        parts.append([table.features(params) for params in SearchSpace.preset("quantune").grid()])
+        parts.append(_features(table))
     if name.endswith("+transfer"):
         without = name.removesuffix("+transfer")
         seen = "quantune+features" if without == "quantune" else without
         parts.append([digest(tables.load(source), seen) for source in source_names(table)])
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def _features(table: Table) -> dict[int, dict[str, float]]:
+    """`Table.features` of all rows; one by one they take longer than a search."""
+    names = list(table.features(next(iter(SearchSpace.preset("quantune").grid()))))
+    rows = table.rows[names].to_numpy(np.float64).tolist()
+    return {row: dict(zip(names, values, strict=True)) for row, values in enumerate(rows)}

@@ -4,7 +4,9 @@
 
 Synthetic tables (`benchmarks.synthetic_tables`). Four trials are always running: whenever the
 oldest ends, the next is asked for, as four equal workers would. Regret is counted after as many
-finished trials as the search with one worker has.
+finished trials as the search with one worker has. The n-th trial to finish was chosen when at most
+n - 4 values were known, where one worker knows n - 1; the last line of the result says how many
+trials of one worker are worth as much.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ def main() -> None:
             for n_workers in (1, 4):
                 regret, n_repeated = search(make(seed), n_workers, seed)
                 rows += [
-                    {"family": family, "seed": seed, "workers": n_workers, "trials": budget}
-                    | {"regret": regret[budget - 1], "repeated": n_repeated}
-                    for budget in BUDGETS
+                    {"family": family, "seed": seed, "workers": n_workers, "trials": 1 + n}
+                    | {"regret": regret[n], "repeated": n_repeated}
+                    for n in range(max(BUDGETS))
                 ]
         print(family, flush=True)
     write(pd.DataFrame(rows))
@@ -83,7 +85,7 @@ def write(frame: pd.DataFrame) -> None:
         "",
         f"`python -m benchmarks.sampler_parallel {' '.join(sys.argv[1:])}`: "
         f"{frame.family.nunique()} families of tables, {frame.seed.nunique()} tables each. "
-        f"Configurations asked for twice: {frame.repeated.sum() // len(BUDGETS)}.",
+        f"Configurations asked for twice: {frame[frame.trials == 1].repeated.sum()}.",
         "",
         "Mean normalised regret after as many finished trials, with its standard error.",
         "",
@@ -93,7 +95,20 @@ def write(frame: pd.DataFrame) -> None:
     for n_workers in mean.index:
         cells = [f"{mean.loc[n_workers, b]:.4f} ± {error.loc[n_workers, b]:.4f}" for b in BUDGETS]
         lines.append(f"| {n_workers} | " + " | ".join(cells) + " |")
+    paired = frame.pivot(index=["family", "seed"], columns=["trials", "workers"], values="regret")
+    more = {b: paired[b][4] - paired[b][1] for b in BUDGETS}
+    cells = [f"{more[b].mean():+.4f} ± {more[b].sem():.4f}" for b in BUDGETS]
+    lines.append("| difference, paired | " + " | ".join(cells) + " |")
+    cells = [f"{mean.loc[4, b] / mean.loc[1, b]:.2f}" for b in BUDGETS]
+    lines.append("| ratio | " + " | ".join(cells) + " |")
+    cells = [f"{_equal_trials(mean.loc[1], mean.loc[4, b]):.1f}" for b in BUDGETS]
+    lines.append("| as much as one worker after | " + " | ".join(cells) + " |")
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _equal_trials(curve: pd.Series[float], regret: float) -> float:
+    """After how many trials a falling curve of regret by trials has come to a regret."""
+    return float(np.interp(-regret, -curve.to_numpy(), curve.index.to_numpy()))
 
 
 if __name__ == "__main__":

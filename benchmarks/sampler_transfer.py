@@ -79,7 +79,7 @@ def search(table: Table, way: str, seed: int) -> NDArray[np.float64]:
     has_features, factor = WAYS[way]
 
     def features(params: Mapping[str, Any]) -> dict[str, float]:
-        return table.features(dict(params))
+        return replay.recorded_features(table.name)[table.key(dict(params))]
 
     sampler = QuantuneSampler(
         SPACE,

@@ -32,7 +32,7 @@ from optuna_quantune.search.candidates import random_codes
 from optuna_quantune.search.encoding import SpaceEncoding
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.search.targets import center_and_spread
-from optuna_quantune.search.transfer import standard_prior
+from optuna_quantune.search.transfer import normal_scores
 from optuna_quantune.search.transfer import Transfer
 
 
@@ -331,12 +331,12 @@ class Configurations:
         center, spread = self._standard
         features = (raw - center) / spread
         columns = []
-        standard = None
+        scores = None
         if self._prior_column is not None:
             columns.append(self._prior(raw, reference=self._reference_features))
-            standard = standard_prior(columns[0], self._reference_prior)
+            scores = normal_scores(columns[0], self._reference_prior)
         if self._transfer is not None:
-            columns.append(self._transfer.guess(candidates.trees, features, standard))
+            columns.append(self._transfer.guess(candidates.trees, features, scores))
         guesses = np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
         return Described(candidates, features, guesses)
 

@@ -38,6 +38,7 @@ class SpaceEncoding:
 
     Attributes:
         names: The parameter names, sorted; the columns of every array of codes.
+        name_set: The same without an order.
         n_values: How many values each parameter has, 0 for a continuous one; int64 of shape
             (n_params,).
         size: How many configurations the space has; ``math.inf`` with a continuous parameter.
@@ -45,6 +46,7 @@ class SpaceEncoding:
 
     def __init__(self, search_space: Mapping[str, BaseDistribution]) -> None:
         self.names = tuple(sorted(search_space))
+        self.name_set = frozenset(search_space)
         self.distributions = tuple(search_space[name] for name in self.names)
         self.n_values = np.array([_n_values(d) for d in self.distributions], dtype=np.int64)
         self.size = (
@@ -77,22 +79,19 @@ class SpaceEncoding:
             outside this space, as for trials from before a change of the space.
         """
         codes = self.encode_columns(params)
-        if len(codes) < self.n_params:
-            return None
-        return np.array([codes[column] for column in range(self.n_params)])
+        return np.array(list(codes.values())) if len(codes) == self.n_params else None
 
     def encode_columns(self, params: Mapping[str, Any]) -> dict[int, float]:
         """Codes by column, of those parameters only that have a value in this space."""
         codes = {}
-        for column, (name, distribution) in enumerate(
-            zip(self.names, self.distributions, strict=True)
-        ):
+        for column, name in enumerate(self.names):
             if name not in params:
                 continue
             value = params[name]
             if isinstance(value, (str, int)) and value in self._choice_codes[column]:
                 codes[column] = self._choice_codes[column][value]
                 continue
+            distribution = self.distributions[column]
             try:
                 internal = distribution.to_internal_repr(value)
             except ValueError:

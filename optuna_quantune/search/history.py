@@ -175,7 +175,7 @@ def published_features(trial: FrozenTrial) -> dict[str, float]:
 
 def configuration_of(trial: FrozenTrial, encoding: SpaceEncoding) -> dict[str, Any]:
     """The parameters of a trial, those included that it has not asked for yet."""
-    if all(name in trial.params for name in encoding.names):
+    if trial.params.keys() >= encoding.name_set:
         return trial.params
     enqueued = trial.system_attrs.get("fixed_params", {})
     return {**_plan(trial).get("params", {}), **enqueued, **trial.params}
@@ -198,9 +198,8 @@ def _plan(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _is_whole(trial: FrozenTrial, encoding: SpaceEncoding) -> bool:
-    return all(
-        name in encoding.names or trial.distributions[name].single() for name in trial.params
-    )
+    others = trial.params.keys() - encoding.name_set
+    return all(trial.distributions[name].single() for name in others)
 
 
 def _estimate(trial: FrozenTrial, n_objectives: int) -> tuple[float, float] | None:

@@ -20,14 +20,16 @@ from optuna_quantune.search.history import History
 from optuna_quantune.search.scoring import Scorer
 
 
-# Up to this many candidates, all are scored; of more, those that a screening leaves.
-_MAX_SCORED = 2560
+# Up to this many candidates, all are scored; of more, as many as a screening leaves, some of them
+# uniform, so that the screening hides no part of the space for good.
+_MAX_SCORED = 1536
+_N_SCORED_RANDOM = 512
 # The same where describing a candidate may take a millisecond, and how many of them at random.
 _MAX_DESCRIBED = 96
 _N_DESCRIBED_RANDOM = 16
-# Uniform candidates among those, so that the screening hides no part of the space for good.
-_N_RANDOM = 1024
-# Further draws of as many where few are valid or, with most parameters fixed, few exist.
+# Uniform configurations that are drawn from a space too large to list; and further draws of as
+# many where few are valid or, with most parameters fixed, few exist.
+_N_DRAWN = 1024
 _MAX_REDRAWS = 15
 # Best trials whose neighbours are candidates, and best candidates that the local search starts at.
 _N_INCUMBENTS = 8
@@ -96,8 +98,11 @@ class Proposer:
         candidates = space[self._screened(scorer, space, rows)].append(self._promising())
         best = self._best(candidates, self._scores(scorer, candidates))
         for _ in range(_N_LOCAL_ROUNDS):
+            before = best
             best = best.append(self._neighbours(best.codes))
             best = self._best(best, self._scores(scorer, best))
+            if np.array_equal(best.codes, before.codes):
+                break
         return np.asarray(best.codes[0])
 
     def _improved_by_screening(
@@ -138,9 +143,9 @@ class Proposer:
         if len(rows) <= _MAX_SCORED:
             return rows
         values = scorer.screen(space)[rows]
-        n_promising = _MAX_SCORED - _N_RANDOM
+        n_promising = _MAX_SCORED - _N_SCORED_RANDOM
         promising = rows[np.argpartition(values, n_promising)[:n_promising]]
-        return np.union1d(promising, self._rng.choice(rows, _N_RANDOM, replace=False))
+        return np.union1d(promising, self._rng.choice(rows, _N_SCORED_RANDOM, replace=False))
 
     def _promising(self) -> Candidates:
         """Neighbours of the best trials, and what the user has named."""
@@ -154,11 +159,11 @@ class Proposer:
 
     def _drawn(self) -> Candidates:
         """Random configurations of a large space; more of them where few are valid."""
-        drawn = self._candidates(random_codes(self._encoding, _N_RANDOM, self._rng))
+        drawn = self._candidates(random_codes(self._encoding, _N_DRAWN, self._rng))
         for _ in range(_MAX_REDRAWS):
-            if len(drawn) >= _N_RANDOM // 4:
+            if len(drawn) >= _N_DRAWN // 4:
                 break
-            more = random_codes(self._encoding, _N_RANDOM, self._rng)
+            more = random_codes(self._encoding, _N_DRAWN, self._rng)
             drawn = drawn.append(self._candidates(more))
         return drawn
 

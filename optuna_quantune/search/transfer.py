@@ -1,14 +1,15 @@
 """What earlier studies say about the configurations of a search space before any trial.
 
-Values of different models are not on one scale, so everything is learned in standard units: within
-a study, values are centred at their median and scaled by the spread of the better half. And a
-prediction that is already there (the feature ``prior``) is the best guess on a new model; what
-earlier studies add is what the prior misses. So each source has gradient-boosted trees on the
-residual between its values and its prior, as a function of the knobs that it shares with this
-space and of the shared features; their mean is added to this study's own prior. How much of it is
-believed is learned, too: as much as the trees of the other sources explain of the residuals of a
-source that they have not seen (leave one out). Whether any of it holds in *this* study is left to
-its trials, see ``scoring.py``; ``benchmarks/sampler_transfer.py`` shows both.
+Values of different models are not on one scale, and collapsed configurations would dominate every
+fit, so everything is learned on ranks within a study, as normal scores. A prediction that is
+already there (the feature ``prior``) is the best guess on a new model; what earlier studies add is
+what the prior misses. So each source has gradient-boosted trees on the residual between the scores
+of its values and of its prior, as a function of the knobs that it shares with this space; their
+mean is added to this study's own prior. Other features are what a prior is made of: the trees see
+them only where there is none, as the few sources that there ever are fit them by chance. How much
+of it all is believed is learned, too: as much as the trees of the other sources explain of the
+residuals of a source that they have not seen (leave one out). Whether any of it holds in *this*
+study is left to its trials, see ``scoring.py``; ``benchmarks/sampler_transfer.py`` shows both.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from optuna_quantune.search.encoding import SpaceEncoding
-from optuna_quantune.search.prior import PriorLine
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.search.targets import center_and_spread
-from optuna_quantune.search.targets import TargetTransform
 
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class _Source:
     Attributes:
         has_prior: Whether its residuals are from a prior, or from zero.
         inputs: Columns for the trees, float32 of shape (n_trials, n_columns), NaN where unknown.
-        residual: Standardised values less standardised prior, float64 of shape (n_trials,).
+        residual: Normal scores of the values less those of the prior, float64 of shape
+            (n_trials,).
         trees: The trees that predict the residual.
     """
 
@@ -69,7 +70,7 @@ class _Source:
 
 
 class Transfer:
-    """The sources' joint guess at the values of configurations, in standard units.
+    """The sources' joint guess at the ranks of configurations, as normal scores.
 
     Args:
         sources: Earlier studies.
@@ -87,9 +88,9 @@ class Transfer:
         prior_column: int | None,
         sign: float = 1.0,
     ) -> None:
-        self._signs = _signs(len(feature_names), prior_column, sign)
+        self._uses_features = prior_column is None
         self._sources = [
-            _prepare(source, encoding, feature_names, prior_column)
+            _prepare(source, encoding, feature_names, prior_column, sign)
             for source in sources
             if len(source.values) >= _MIN_TRIALS
         ]
@@ -101,28 +102,41 @@ class Transfer:
         return not self._sources
 
     def guess(self, trees: NDArray[np.float32], features: Array, prior: Array | None) -> Array:
-        """Guesses, to be minimised; they rise and fall with the values, their unit is their own.
+        """Guesses, to be minimised; they rise and fall with the values.
 
         Args:
             trees: ``SpaceEncoding.tree_features`` of the configurations.
             features: Their features, standardised over the space, float64 of shape
                 (n_configs, n_features), NaN where unknown.
-            prior: Their prior in standard units, to be minimised, float64 of shape (n_configs,).
+            prior: Normal scores of their prior, to be minimised, float64 of shape (n_configs,).
 
         Returns:
             float64 of shape (n_configs,).
         """
-        features = features * self._signs
-        inputs = np.concatenate([trees, features.astype(np.float32)], axis=1)
+        inputs = trees
+        if self._uses_features:
+            inputs = np.concatenate([trees, features.astype(np.float32)], axis=1)
         result = self._trust * _mean_prediction(self._sources, inputs)
         if prior is not None:
             result = result + np.mean([source.has_prior for source in self._sources]) * prior
         return result
 
 
-def standard_prior(prior: Array, reference: Array) -> Array:
-    """A prior, to be minimised, in standard units of its spread over a reference; same shape."""
-    return TargetTransform.fit(reference)(prior)
+def normal_scores(values: Array, reference: Array) -> Array:
+    """Where values stand among others, as quantiles of the standard normal distribution.
+
+    Args:
+        values: float64 of shape (n_values,), infinities allowed.
+        reference: What they are ranked among, float64 of shape (n_reference,), not empty.
+
+    Returns:
+        float64 of shape (n_values,); equal values have equal scores.
+    """
+    ordered = np.sort(reference)
+    n = len(ordered)
+    below, up_to = np.searchsorted(ordered, values), np.searchsorted(ordered, values, "right")
+    shares = np.clip((below + up_to) / (2.0 * n), 0.5 / n, 1.0 - 0.5 / n)
+    return np.asarray(ndtri(shares), dtype=np.float64)
 
 
 def _prepare(
@@ -130,45 +144,33 @@ def _prepare(
     encoding: SpaceEncoding,
     feature_names: Sequence[str],
     prior_column: int | None,
+    sign: float,
 ) -> _Source:
-    sign = -1.0 if source.direction == "maximize" else 1.0
-    values = sign * np.array(source.values, dtype=np.float64)
+    values = np.array(source.values, dtype=np.float64)
+    if source.direction == "maximize":
+        values = -values
     codes = np.full((len(values), encoding.n_params), np.nan)
     for row, params in enumerate(source.params):
         for column, code in encoding.encode_columns(params).items():
             codes[row, column] = code
+    inputs = encoding.tree_features(codes)
     features = np.array(
         [[named.get(name, np.nan) for name in feature_names] for named in source.features],
         dtype=np.float64,
     ).reshape(len(values), len(feature_names))
     features[~np.isfinite(features)] = np.nan
-    features *= _signs(len(feature_names), prior_column, sign)
-    center, spread = center_and_spread(features)
-    inputs = np.concatenate(
-        [encoding.tree_features(codes), ((features - center) / spread).astype(np.float32)], axis=1
-    )
-    residual, has_prior = _residual(
-        values, None if prior_column is None else features[:, prior_column]
-    )
+    residual = normal_scores(values, values)
+    has_prior = False
+    if prior_column is None:
+        center, spread = center_and_spread(features)
+        standard = ((features - center) / spread).astype(np.float32)
+        inputs = np.concatenate([inputs, standard], axis=1)
+    else:
+        prior = sign * features[:, prior_column]
+        has_prior = bool(not np.isnan(prior).any() and np.ptp(prior) > 0.0)
+        if has_prior:
+            residual -= normal_scores(prior, prior)
     return _Source(has_prior, inputs, residual, _fit(inputs, residual))
-
-
-def _signs(n_features: int, prior_column: int | None, sign: float) -> Array:
-    """Factors that turn the prior, and no other feature, into one to be minimised."""
-    signs = np.ones(n_features)
-    if prior_column is not None:
-        signs[prior_column] = sign
-    return signs
-
-
-def _residual(values: Array, prior: Array | None) -> tuple[Array, bool]:
-    """Values in standard units, less the prior's part where there is one."""
-    if prior is None or np.isnan(prior).any() or np.ptp(prior) == 0.0:
-        return TargetTransform.fit(values)(values), False
-    finite = np.isfinite(values)
-    line = PriorLine.fit(prior, prior[finite], values[finite])
-    transform = TargetTransform.fit(values, line.spread)
-    return transform(values) - transform(line(prior)), True
 
 
 def _fit(inputs: NDArray[np.float32], residual: Array) -> xgboost.Booster:

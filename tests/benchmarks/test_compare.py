@@ -67,7 +67,7 @@ def three_tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
     made = {name: make_table(name, seed) for seed, name in enumerate(names)}
     monkeypatch.setattr(tables, "complete", lambda: list(made))
     monkeypatch.setattr(tables, "load", lambda name: made[name])
-    for cached in (replay.as_study, replay.as_record):
+    for cached in (replay.recorded_features, replay.as_study, replay.as_record):
         cached.cache_clear()
     return made
 
@@ -241,6 +241,19 @@ def test_the_report_ranks_and_draws(three_tables: dict[str, Table], tmp_path: Pa
     for name in names:
         assert f"| {name} |" in text
     assert "| tpe |" not in text, "it has not run on every table"
+    ours, qmc = (
+        np.mean(
+            [
+                s.regret[2] / (100 * np.ptp(three_tables[s.run.table].rows["top1"]))
+                for s in scores
+                if (s.run.sampler, s.run.notion) == (name, "exact")
+            ]
+        )
+        for name in ("quantune+features", "qmc")
+    )
+    paired = text.split("| minus quantune+features |")[1].split("\n\n")[0]
+    cell = next(line for line in paired.splitlines() if line.startswith("| qmc |")).split("|")[2]
+    assert float(cell.split()[0]) == pytest.approx(100 * (qmc - ours), abs=5e-4)
 
 
 def test_ranks_are_those_of_a_worked_example() -> None:
@@ -284,6 +297,14 @@ def test_signed_rank_test_of_equal_runs_finds_nothing() -> None:
     values = np.arange(9.0)
     assert ranking.signed_rank_p_value(values, values) == 1.0
     assert ranking.signed_rank_p_value(values + 1 + values / 10, values) < 0.01
+
+
+def test_sign_flips_count_tables_not_runs() -> None:
+    """Three tables that agree leave 2 of 8 sign changes; a large one among small ones counts."""
+    assert ranking.sign_flip_p_value(np.array([1.0, 2.0, 3.0])) == 0.25
+    assert ranking.sign_flip_p_value(np.array([-1.0] * 8)) == 2 / 256
+    assert ranking.sign_flip_p_value(np.array([1.0, -1.0])) == 1.0
+    assert ranking.sign_flip_p_value(np.array([9.0, 1.0, -1.0])) == 0.75
 
 
 def test_interval_is_about_seeds_within_tables() -> None:

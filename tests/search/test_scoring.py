@@ -114,7 +114,7 @@ def agreement_with_cold_scores(sign: float, rows: list[int]) -> float:
 
 
 def test_a_source_that_the_trials_contradict_loses_its_say() -> None:
-    few, many = [0, 21], [0, 21, 38, 5, 57, 63, 14, 30, 44]
+    few, many = [21], [0, 21, 38, 5, 57, 63, 14, 30, 44]
     assert agreement_with_cold_scores(-1.0, many) > 0.95
     assert agreement_with_cold_scores(-1.0, few) < agreement_with_cold_scores(-1.0, many)
 

@@ -13,11 +13,14 @@ import pytest
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import IntDistribution
+from scipy.stats import norm
+from scipy.stats import rankdata
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.search.encoding import SpaceEncoding
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.search.sources import SourceStudy
+from optuna_quantune.search.transfer import normal_scores
 from optuna_quantune.search.transfer import Transfer
 
 
@@ -130,6 +133,32 @@ def test_sources_add_to_a_prior_what_it_misses() -> None:
     )
     first = optuna.create_study(sampler=sampler).ask(SPACE).params
     assert drop(first) == 0.0
+
+
+def test_scores_are_ranks_whatever_the_scale() -> None:
+    values = np.array([3.0, -np.inf, 7.0, 3.0, np.inf, 1e9])
+    expected = norm.ppf((rankdata(values) - 0.5) / len(values))
+    assert normal_scores(values, values) == pytest.approx(expected)
+    # Beyond the reference there is no rank, but the order holds as far as there are ranks.
+    assert np.all(np.diff(normal_scores(np.array([-9.0, 0.5, 1.5, 9.0]), np.arange(3.0))) >= 0)
+
+
+def test_sources_whose_prior_was_right_leave_a_prior_as_it_is() -> None:
+    """Values that collapse where the prior is large are no residual: ranks agree."""
+    drops = [round(drop(params), 6) for params in GRID]
+    encoding = SpaceEncoding(SPACE)
+    inputs = encoding.tree_features(np.array([encoding.encode(params) for params in GRID]))
+    collapsed = SourceStudy(
+        name="collapsed",
+        direction="minimize",
+        params=tuple(GRID),
+        values=tuple(float(np.exp(20.0 * value)) for value in drops),
+        features=tuple({"prior": value} for value in drops),
+    )
+    prior = normal_scores(np.array(drops), np.array(drops))
+    transfer = Transfer([collapsed, collapsed], encoding, ("prior",), 0)
+    features = np.zeros((len(GRID), 1))
+    assert transfer.guess(inputs, features, prior) == pytest.approx(prior, abs=1e-6)
 
 
 def test_a_source_that_contradicts_the_others_lowers_the_trust_in_all() -> None:
