@@ -127,6 +127,7 @@ def lint_quantized(
         _bias_scale,
         _weight_zero_points,
         _computed_in_float,
+        _quantized_when_loaded,
         _equal_scales,
         _no_shift,
     )
@@ -375,10 +376,27 @@ class _QuantizedGraph:
         """Layers for which ONNX Runtime dequantizes the weight instead of using its integers."""
         kept = {
             node.input[0]
-            for node in _optimized(self.proto).graph.node
+            for node in self._optimized.graph.node
             if node.op_type == "DequantizeLinear"
         }
         return [layer for layer in self.layers if layer.weight.name in kept]
+
+    @cached_property
+    def quantized_when_loaded(self) -> list[str]:
+        """Names of layers of which ONNX Runtime replaces the float weight by integers."""
+        floats = {tensor.name for tensor in self.proto.graph.initializer}
+        left = {tensor.name for tensor in self._optimized.graph.initializer}
+        return [
+            node.name or node.output[0]
+            for node in self.proto.graph.node
+            if node.op_type in WEIGHTED_OPS
+            and node.input[0] in self._dequantizers
+            and node.input[1] in floats - left
+        ]
+
+    @cached_property
+    def _optimized(self) -> onnx.ModelProto:
+        return _optimized(self.proto)
 
     def _layer(self, node: onnx.NodeProto) -> _QuantizedLayer | None:
         inputs = [*node.input, *[""] * 9]  # those left out at the end are named by nothing
@@ -521,6 +539,17 @@ def _computed_in_float(graph: _QuantizedGraph) -> Iterator[Finding]:
             f"{_layers(others)}: stored as integers, but ONNX Runtime has no integer kernel for "
             "it as it stands and computes it in float, slower than the float model; quantize its "
             "input and output too, or leave it in float",
+        )
+
+
+def _quantized_when_loaded(graph: _QuantizedGraph) -> Iterator[Finding]:
+    if graph.quantized_when_loaded:
+        yield Finding(
+            "quantized-when-loaded",
+            f"{_layers(graph.quantized_when_loaded)}: the weight is float, but behind a "
+            "DequantizeLinear ONNX Runtime quantizes it with one scale when it loads the model; "
+            "put a Clip without bounds between the two, or disable the optimizer "
+            "WeightBiasQuantization",
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import helper
@@ -207,6 +208,31 @@ def test_layers_that_are_computed_in_float_are_found(quantize: Quantize) -> None
     assert findings("MatMul", (4, 16, 8)) == ["computed-in-float"]
     wide = QuantType.QUInt16
     assert findings("Conv", (8, 4, 3, 3), activation_type=wide) == ["computed-in-float"]
+
+
+def test_float_layers_that_onnx_runtime_quantizes_when_it_loads_a_model_are_found(
+    quantize: Quantize, float_model: FloatModel, toy_inputs: NDArray[np.float32], run: Run
+) -> None:
+    proto = quantize(float_model.proto, nodes_to_exclude=["depthwise"])
+    (finding,) = lint_quantized(proto, vnni=True)
+    assert finding.rule == "quantized-when-loaded"
+    assert "'depthwise'" in finding.message
+    # The trap itself: the layer is not computed with the float weight that the file holds.
+    outputs = [run(proto, toy_inputs)]
+    options = onnxruntime.SessionOptions()
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, disabled_optimizers=["WeightBiasQuantization"]
+    )
+    outputs.append(session.run(None, {"input": toy_inputs})[0])
+    assert np.abs(outputs[0] - outputs[1]).max() > 0.0
+    # What the message advises takes it away.
+    depthwise = next(node for node in proto.graph.node if node.name == "depthwise")
+    position = list(proto.graph.node).index(depthwise)
+    proto.graph.node.insert(position, onnx.helper.make_node("Clip", [depthwise.input[0]], ["as"]))
+    depthwise = next(node for node in proto.graph.node if node.name == "depthwise")
+    depthwise.input[0] = "as"
+    assert lint_quantized(proto, vnni=True) == []
+    np.testing.assert_array_equal(run(proto, toy_inputs), outputs[1])
 
 
 @pytest.mark.skipif(detect_vnni() is None, reason="the processor is not an x86-64 one")
