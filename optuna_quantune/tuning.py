@@ -58,6 +58,7 @@ from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.search.pruner import DEFAULT_INDIFFERENCE
 from optuna_quantune.search.pruner import RacingPruner
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.selection import metric_value
@@ -258,11 +259,13 @@ def tune(
         threads=threads,
         progress=progress,
     )
+    inputs = len(objective.evaluation)
     study = _open_study(
         storage,
         study_name,
         make_sampler(sampler, objective, seed=seed) if isinstance(sampler, str) else sampler,
-        pruner or RacingPruner(),
+        # What is better by less than half an input is not better on these inputs.
+        pruner or RacingPruner(indifference=max(DEFAULT_INDIFFERENCE, 0.5 / inputs)),
         objective.directions,
     )
     objective.claim(study)

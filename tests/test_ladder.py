@@ -188,6 +188,18 @@ def test_several_objectives_race_without_reports(make: Make) -> None:
     assert trial.values[0] == trial.user_attrs[VALUE_KEY]
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_default_precision_is_no_finer_than_two_inputs(make: Make, metric: str) -> None:
+    assert N < 1000, "with more inputs the other bound, 0.002, would decide"
+    (by_default,) = run(make(metric=metric), GOOD)
+    (two_inputs,) = run(make(metric=metric, precision=2 / N), GOOD)
+    (one_input,) = run(make(metric=metric, precision=1 / N), GOOD)
+    for name in ("value", "intermediate_values"):
+        assert getattr(by_default, name) == getattr(two_inputs, name)
+    seen = [trial.user_attrs["inputs_evaluated"] for trial in (by_default, two_inputs, one_input)]
+    assert seen[0] == seen[1] < seen[2]
+
+
 def test_a_precision_that_is_none_is_refused(make: Make) -> None:
     with pytest.raises(InputError, match="precision: 0.0 is not positive"):
         make(precision=0.0)

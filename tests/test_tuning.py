@@ -59,7 +59,10 @@ def test_held_out_inputs_take_no_part_in_the_search(  # type: ignore[no-untyped-
     many, truth = np.concatenate([toy_inputs] * 5), np.concatenate([labels] * 5)
     many = many * np.linspace(0.5, 1.5, len(many), dtype=np.float32)[:, None, None, None]
     result = run(
-        evaluation=ArrayInputs(many, labels=truth), n_trials=2, output=tmp_path / "int8.onnx"
+        evaluation=ArrayInputs(many, labels=truth),
+        n_trials=2,
+        exact=True,
+        output=tmp_path / "int8.onnx",
     )
     assert result.held_out is not None
     assert result.held_out.inputs == 200
