@@ -102,6 +102,8 @@ TASK_KEY: Final = "task"
 # Half the width of the 95 % interval at which a trial ends. With it searches on the recorded
 # tables found a winner within 0.1 points of the best, and with 0.005 not always
 # (benchmarks/results/racing).
+# Configurations of a space up to which the noise model simulates closely.
+_SMALL_SPACE: Final = 1000
 # Half the width of a trial's interval, as a share and in inputs, whichever is more.
 DEFAULT_PRECISION: Final = 0.002
 DEFAULT_PRECISION_INPUTS: Final = 2
@@ -369,7 +371,9 @@ class QuantizationObjective:
                     self.calibration.batches(1, last),
                     progress=lambda done, total: self._progress("probe", done, total),
                 )
-                noise = self._noise_models[equalized] = NoiseModel(quantizer, gains)
+                noise = self._noise_models[equalized] = NoiseModel(
+                    quantizer, gains, closely=(self.space.size or np.inf) <= _SMALL_SPACE
+                )
                 whole = QuantizationConfig(bias_correction=True, equalization=equalized)
                 quantizer.float_order = float_order(
                     quantizer.model, quantizer.placement(()), noise.predict(whole)

@@ -149,10 +149,15 @@ class NoiseModel:
     Args:
         quantizer: What builds the configurations.
         probe: What errors in `quantizer.model` do to its output.
+        closely: Whether errors that do not add up are simulated for every calibration size and
+            mixed precision, rather than for all calibration inputs and no float layers only. A
+            simulation takes a few inferences: in a space of a hundred configurations that is
+            little, in one of a hundred thousand it would be thousands of simulations.
     """
 
-    def __init__(self, quantizer: Quantizer, probe: Probe) -> None:
+    def __init__(self, quantizer: Quantizer, probe: Probe, *, closely: bool = True) -> None:
         self._quantizer = quantizer
+        self._closely = closely
         self._probe = probe
         self._signal = max(probe.output_power, np.finfo(np.float64).tiny)
         self._layers = {layer.weight: layer for layer in quantizer.model.layers}
@@ -202,6 +207,8 @@ class NoiseModel:
             float_layers=0,
             zero_dead_weights=False,
         )
+        if not self._closely:
+            key = replace(key, calibration_images=ALL_IMAGES, mixed_precision="none")
         if key not in self._saturations:
             self._saturations[key] = Saturation()  # of the prediction that is asked for here
             expected = self.predict_layers(key, self._quantizer.float_layers(key))

@@ -208,3 +208,14 @@ def test_a_prediction_does_not_depend_on_those_before_it(
     first = [forwards.predict(config) for config in configs]
     second = [backwards.predict(config) for config in reversed(configs)]
     assert first == second[::-1]
+
+
+def test_a_large_space_shares_simulations_between_calibration_sizes(
+    quantizer: Quantizer, toy_probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optuna_quantune.quantization.noise.ADDITIVE", 0.0)
+    configs = [QuantizationConfig(granularity="tensor", calibration_images=n) for n in (1, 32)]
+    close, coarse = (NoiseModel(quantizer, toy_probe, closely=choice) for choice in (True, False))
+    found = [[model.predict(c).saturation for c in configs] for model in (close, coarse)]
+    assert found[0][0] != found[0][1]
+    assert found[1][0] == found[1][1]
