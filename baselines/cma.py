@@ -21,11 +21,12 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
+
+from baselines.fixed_space import FixedSpaceSampler
 
 
 _SAMPLE_KEY = "catcmawm:gaussian_sample"
@@ -36,7 +37,7 @@ def create(search_space: Mapping[str, BaseDistribution], *, seed: int | None) ->
     return CatCmaSampler(search_space, seed=seed)
 
 
-class CatCmaSampler(BaseSampler):
+class CatCmaSampler(FixedSpaceSampler):
     """CatCMA with margin, replayed from the study's trials at every proposal.
 
     Args:
@@ -53,14 +54,12 @@ class CatCmaSampler(BaseSampler):
         seed: int | None,
         population_size: int | None = None,
     ) -> None:
-        self._search_space = {
-            name: distribution
-            for name, distribution in sorted(search_space.items())
-            if not distribution.single()
-        }
+        super().__init__(
+            {name: knob for name, knob in sorted(search_space.items()) if not knob.single()},
+            seed=seed,
+        )
         self._population_size = population_size
         self._seed = int(np.random.default_rng(seed).integers(2**31))
-        self._independent_sampler = RandomSampler(seed=seed)
         self._continuous: dict[str, FloatDistribution | IntDistribution] = {}
         self._integer: dict[str, FloatDistribution | IntDistribution] = {}
         self._categorical: dict[str, CategoricalDistribution] = {}
@@ -74,13 +73,7 @@ class CatCmaSampler(BaseSampler):
     def reseed_rng(self) -> None:
         """Takes a new seed."""
         self._seed = int(np.random.default_rng().integers(2**31))
-        self._independent_sampler.reseed_rng()
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """The search space that was given."""
-        return dict(self._search_space)
+        super().reseed_rng()
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -104,18 +97,6 @@ class CatCmaSampler(BaseSampler):
         study._storage.set_trial_system_attr(trial._trial_id, _SAMPLE_KEY, sample)
         params = self._params(solution)
         return {name: params[name] for name in search_space}
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Samples a parameter outside the search space at random."""
-        return self._independent_sampler.sample_independent(
-            study, trial, param_name, param_distribution
-        )
 
     def _create_optimizer(self) -> CatCMAwM:
         return CatCMAwM(

@@ -7,7 +7,6 @@ the first third of its trials on the `quantune` preset, every model is calibrate
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -15,11 +14,12 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from baselines.fixed_space import FixedSpaceSampler
+from baselines.fixed_space import stop
 from baselines.grid import grid_values
 
 
@@ -32,7 +32,7 @@ def create(search_space: Mapping[str, BaseDistribution], *, seed: int | None) ->
     return LexicographicGridSampler(search_space)
 
 
-class LexicographicGridSampler(BaseSampler):
+class LexicographicGridSampler(FixedSpaceSampler):
     """Takes the configuration with the number of the trial, and stops the study after the last.
 
     Args:
@@ -40,16 +40,9 @@ class LexicographicGridSampler(BaseSampler):
     """
 
     def __init__(self, search_space: Mapping[str, BaseDistribution]) -> None:
-        self._search_space = dict(search_space)
+        super().__init__(search_space)
         values = [grid_values(name, knob) for name, knob in search_space.items()]
         self._grid = list(itertools.product(*values))
-        self._independent_sampler = RandomSampler()
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """The search space that was given."""
-        return self._search_space
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -57,18 +50,6 @@ class LexicographicGridSampler(BaseSampler):
         """The configuration that is due; from the first again after the last."""
         values = self._grid[trial.number % len(self._grid)]
         return dict(zip(self._search_space, values, strict=True))
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Samples a parameter outside the search space at random."""
-        return self._independent_sampler.sample_independent(
-            study, trial, param_name, param_distribution
-        )
 
     def after_trial(
         self,
@@ -79,5 +60,4 @@ class LexicographicGridSampler(BaseSampler):
     ) -> None:
         """Stops the study with the last configuration."""
         if trial.number == len(self._grid) - 1:
-            with contextlib.suppress(RuntimeError):  # with ask and tell there is no loop to end
-                study.stop()
+            stop(study)

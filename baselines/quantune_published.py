@@ -18,7 +18,6 @@ here is OUR READING, chosen in its favour where there was a choice, and no numbe
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -31,12 +30,13 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
-from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from baselines.fixed_space import FixedSpaceSampler
+from baselines.fixed_space import stop
 from baselines.grid import grid_values
 
 
@@ -80,7 +80,7 @@ def create_with_transfer(
     return PublishedQuantuneSampler(search_space, seed=seed, model=model, sources=sources)
 
 
-class PublishedQuantuneSampler(BaseSampler):
+class PublishedQuantuneSampler(FixedSpaceSampler):
     """Greedy batches of the configurations that boosted trees predict to be best.
 
     Args:
@@ -98,7 +98,7 @@ class PublishedQuantuneSampler(BaseSampler):
         model: ModelRecord | None = None,
         sources: Sequence[ModelRecord] = (),
     ) -> None:
-        self._search_space = dict(search_space)
+        super().__init__(search_space, seed=seed)
         self._choices = {name: grid_values(name, knob) for name, knob in search_space.items()}
         self._grid = list(itertools.product(*self._choices.values()))
         self._model = model or ModelRecord({}, 0.0)
@@ -108,13 +108,6 @@ class PublishedQuantuneSampler(BaseSampler):
         self._startup_trials = 0 if sources else STARTUP_TRIALS
         self._source_rows = [self._row(s, params) for s in sources for params in s.params]
         self._source_drops = [s.float_value - value for s in sources for value in s.values]
-        self._independent_sampler = RandomSampler(seed=seed)
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """The search space that was given."""
-        return self._search_space
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -137,18 +130,6 @@ class PublishedQuantuneSampler(BaseSampler):
         params = dict(zip(self._choices, self._grid[row], strict=True))
         return {name: params[name] for name in search_space}
 
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Samples a parameter outside the search space at random."""
-        return self._independent_sampler.sample_independent(
-            study, trial, param_name, param_distribution
-        )
-
     def after_trial(
         self,
         study: Study,
@@ -158,8 +139,7 @@ class PublishedQuantuneSampler(BaseSampler):
     ) -> None:
         """Stops the study when no configuration is left."""
         if len({self._key(t.params) for t in study.get_trials(deepcopy=False)}) == len(self._grid):
-            with contextlib.suppress(RuntimeError):  # with ask and tell there is no loop to end
-                study.stop()
+            stop(study)
 
     def _told_before_this_batch(self, complete: list[FrozenTrial]) -> list[FrozenTrial]:
         """The trials that the trees of the present batch are fitted to."""

@@ -20,11 +20,12 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
+
+from baselines.fixed_space import FixedSpaceSampler
 
 
 STARTUP_TRIALS = 10
@@ -42,7 +43,7 @@ def create(search_space: Mapping[str, BaseDistribution], *, seed: int | None) ->
     return SmacSampler(search_space, seed=seed)
 
 
-class SmacSampler(BaseSampler):
+class SmacSampler(FixedSpaceSampler):
     """SMAC's ask and tell for one process: what it has learned lives in this object.
 
     Args:
@@ -57,7 +58,7 @@ class SmacSampler(BaseSampler):
             from smac import HyperparameterOptimizationFacade as Facade
         except ImportError as error:
             raise ImportError(f"baselines.smac needs: pip install smac ({error})") from error
-        self._search_space = dict(search_space)
+        super().__init__(search_space, seed=seed)
         space = ConfigurationSpace(seed=seed or 0)
         space.add([_hyperparameter(name, knob) for name, knob in search_space.items()])
         scenario = smac.Scenario(
@@ -77,13 +78,6 @@ class SmacSampler(BaseSampler):
             logging_level=False,
         )
         self._asked: dict[int, Any] = {}
-        self._independent_sampler = RandomSampler(seed=seed)
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """The search space that was given."""
-        return self._search_space
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -95,18 +89,6 @@ class SmacSampler(BaseSampler):
             name: _native(info.config[name], distribution)
             for name, distribution in search_space.items()
         }
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Samples a parameter outside the search space at random."""
-        return self._independent_sampler.sample_independent(
-            study, trial, param_name, param_distribution
-        )
 
     def after_trial(
         self,

@@ -8,7 +8,8 @@ the model `demo` needs none. A table is three files under `benchmarks/tables/`, 
 README there: MODEL.csv (a row a configuration), MODEL.json (what the rows share) and
 MODEL.parquet (each configuration's prediction and margin for each input, for replaying searches
 that stop early). An interrupted run goes on where it stopped: whatever a configuration lacks is
-measured, what is there stays.
+measured. A row stays as long as its configuration still builds the very model that was measured,
+by its digest; predictions are always those of the present noise model.
 """
 
 from __future__ import annotations
@@ -107,11 +108,13 @@ class Recording:
                 raise SystemExit(f"{self.csv}: row {key(row)!r} stands where {params} should")
 
     def complete(self, limit: int | None, *, latency: bool) -> None:
-        """Measures what is missing, configuration by configuration."""
-        missing = [n for n in range(len(self.grid)) if not self._is_complete(n, latency=latency)]
-        if not missing:
-            return
+        """Measures what is missing, or changed, configuration by configuration."""
         self.objective.prepare()
+        for number in range(len(self.rows)):
+            self._forget_if_changed(number)
+        self.refresh()
+        missing = [n for n in range(len(self.grid)) if not self._is_complete(n, latency=latency)]
+        print(f"{self.name}: {len(missing)} of {len(self.grid)} to measure", flush=True)
         if not (tables.FOLDER / f"{self.name}.json").is_file():
             write_float_model(self.name, self.objective)
         for number in missing[:limit]:
@@ -121,10 +124,20 @@ class Recording:
             print(f"{self.name} {key(row)} {row['top1']} {row['agreement']}", flush=True)
 
     def refresh(self) -> None:
-        """Replaces the predictions of a recorded table by those of the present noise model."""
+        """Replaces the predictions of recorded rows by those of the present noise model."""
         for row, params in zip(self.rows, self.grid, strict=False):
             row.update(self._predicted(params))
         self._write()
+
+    def _forget_if_changed(self, number: int) -> None:
+        """Drops the measurements of a row whose configuration builds another model today."""
+        row = self.rows[number]
+        config = self.objective.space.config(self.grid[number])
+        if row["digest"] != self.objective.quantize(config).digest[:16]:
+            row["latency_ratio"] = row["latency_ms"] = ""
+            self.predictions = self.predictions.drop(
+                columns=[f"class_{number:02}", f"margin_{number:02}"], errors="ignore"
+            )
 
     def _is_complete(self, number: int, *, latency: bool) -> bool:
         return (

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import time
 import warnings
 from collections.abc import Callable
@@ -162,10 +161,8 @@ def make(name: str, space: SearchSpace, table: Table, seed: int) -> BaseSampler:
     if name == "quantune+features":
         return QuantuneSampler(space, features=features, seed=seed)
     if name == "quantune+transfer":
-        if "source_studies" not in inspect.signature(QuantuneSampler).parameters:
-            raise ValueError("quantune+transfer: this QuantuneSampler takes no source_studies")
-        sources: dict[str, Any] = {"source_studies": [as_study(s) for s in source_names(table)]}
-        return QuantuneSampler(space, features=features, seed=seed, **sources)
+        sources = [as_study(source) for source in source_names(table)]
+        return QuantuneSampler(space, features=features, seed=seed, source_studies=sources)
     if name == "quantune_published+transfer":
         return quantune_published.create_with_transfer(
             space,
@@ -175,7 +172,10 @@ def make(name: str, space: SearchSpace, table: Table, seed: int) -> BaseSampler:
         )
     if importlib.util.find_spec(f"baselines.{name}") is None:
         raise ValueError(f"sampler {name!r}: neither one of ours nor a module of baselines")
-    create: Callable[..., BaseSampler] = importlib.import_module(f"baselines.{name}").create
+    module = importlib.import_module(f"baselines.{name}")
+    if not hasattr(module, "create"):
+        raise ValueError(f"sampler {name!r}: baselines.{name} makes no sampler")
+    create: Callable[..., BaseSampler] = module.create
     return create(space, seed=seed)
 
 
