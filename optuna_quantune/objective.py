@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from typing import Final
 
 import numpy as np
 import onnx
-import onnxruntime
 import optuna
 import platformdirs
 from numpy.typing import NDArray
@@ -41,22 +37,21 @@ from optuna_quantune.evaluation.chosen_metric import MetricName
 from optuna_quantune.evaluation.chosen_metric import SessionFunction
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.dataset import InputSpec
-from optuna_quantune.evaluation.labels import check_label_range
-from optuna_quantune.evaluation.latency import latency_ratio
+from optuna_quantune.evaluation.evaluator import Evaluation
+from optuna_quantune.evaluation.evaluator import Evaluator
+from optuna_quantune.evaluation.evaluator import LATENCY_REPEATS
+from optuna_quantune.evaluation.evaluator import OnBatch
+from optuna_quantune.evaluation.evaluator import Progress
 from optuna_quantune.evaluation.latency import LatencyRatio
 from optuna_quantune.evaluation.metrics import agrees
 from optuna_quantune.evaluation.metrics import class_scores
 from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.evaluation.metrics import Measurement
-from optuna_quantune.evaluation.metrics import near_chance
 from optuna_quantune.evaluation.metrics import top_k_correct
 from optuna_quantune.evaluation.racing import looks
 from optuna_quantune.evaluation.racing import SMALLEST_RACE
 from optuna_quantune.evaluation.runner import check_providers
-from optuna_quantune.evaluation.runner import iterate
-from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.evaluation.runner import Provider
-from optuna_quantune.evaluation.runner import run
 from optuna_quantune.goals import Goals
 from optuna_quantune.goals import Objective
 from optuna_quantune.goals import Outcome
@@ -93,52 +88,24 @@ from optuna_quantune.target import get_target
 from optuna_quantune.target import Target
 
 
-# Stage ("float model", "calibration", "probe", "evaluation"), items done, items in all.
-Progress = Callable[[str, int, int], None]
-
 DEFAULT_CACHE: Final = platformdirs.user_cache_dir("optuna-quantune")
 # User attribute of a study: what its values were measured on.
 TASK_KEY: Final = "task"
-# Half the width of the 95 % interval at which a trial ends. With it searches on the recorded
-# tables found a winner within 0.1 points of the best, and with 0.005 not always
-# (benchmarks/results/racing).
 # Configurations of a space up to which the noise model simulates closely.
 _SMALL_SPACE: Final = 1000
-# Half the width of a trial's interval, as a share and in inputs, whichever is more.
+# Half the width of the 95 % interval at which a trial ends, as a share and in inputs, whichever is
+# more. With it searches on the recorded tables found a winner within 0.1 points of the best, and
+# with 0.005 not always (benchmarks/results/racing).
 DEFAULT_PRECISION: Final = 0.002
 DEFAULT_PRECISION_INPUTS: Final = 2
 # User attribute of a trial: how many inputs were run for its value.
 INPUTS_KEY: Final = "inputs_evaluated"
 # Intermediate values that a trial reports to its pruner where it runs all inputs in their order.
 _REPORTS: Final = 10
-# Interleaved batch-1 runs of the float and the int8 model in each trial.
-_LATENCY_REPEATS: Final = 20
-
-_logger = logging.getLogger(__name__)
 
 
 class TrialFailure(RuntimeError):
     """A configuration that could not be built or run; its trial fails, the study goes on."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured of one model.
-
-    Attributes:
-        measurement: Accuracy against labels and against the float model.
-        all_outputs: The model's outputs by name for all evaluation inputs, batch axis first.
-        seconds: Wall-clock time.
-    """
-
-    measurement: Measurement
-    all_outputs: Mapping[str, NDArray[Any]]
-    seconds: float
-
-    @property
-    def outputs(self) -> NDArray[Any]:
-        """The first output, of a classifier the scores, shape (n, classes)."""
-        return next(iter(self.all_outputs.values()))
 
 
 class QuantizationObjective:
@@ -245,13 +212,13 @@ class QuantizationObjective:
                 f"model {model}: has no output of real numbers, so that noise cannot be measured "
                 "there; cut it before the step that selects (ArgMax, for instance)"
             )
-        self._specs = [InputSpec(i.name, i.shape, i.dtype) for i in self.model.inputs]
-        self.calibration = calibration.bind(self._specs)
+        specs = [InputSpec(i.name, i.shape, i.dtype) for i in self.model.inputs]
+        self.calibration = calibration.bind(specs)
         if evaluation is None and evaluate is None:
             raise InputError("evaluation: give inputs, or a function of your own as evaluate")
         # A loop brings its own inputs; one input is needed all the same to measure latency.
         self.compares_outputs = evaluation is not None
-        self.evaluation = (evaluation or calibration.subset([0])).bind(self._specs)
+        self.evaluation = (evaluation or calibration.subset([0])).bind(specs)
         self.chosen_metric = ChosenMetric.of(
             metric, evaluate, direction, labels=self.evaluation.labels is not None
         )
@@ -266,9 +233,19 @@ class QuantizationObjective:
             raise InputError(f"precision: {precision} is not positive; for all inputs say exact")
         self._precision = None if exact else precision
         self._cache = None if cache is None else Path(cache)
-        self._threads = threads
-        self._batch_size = batch_size
         self._progress = progress or (lambda stage, done, total: None)
+        self._evaluator = Evaluator(
+            self.model.path,
+            specs=specs,
+            output_names=[spec.name for spec in self.model.outputs],
+            inputs=self.evaluation,
+            metric=self.chosen_metric,
+            compares_outputs=self.compares_outputs,
+            providers=self.target.providers,
+            threads=threads,
+            batch_size=batch_size,
+            progress=self._progress,
+        )
         self._lock = threading.RLock()
         # By the value of the knob `equalization`, which changes the float model and with it
         # everything that is measured on it.
@@ -298,37 +275,19 @@ class QuantizationObjective:
                 the user's own metric fails on it.
         """
         with self._lock:
-            self._try_out()
+            self._evaluator.try_out(self.calibration)
             _ = self.float_evaluation
             for equalized in self._choices("equalization", default=False):
                 self._noise(equalized=equalized)
 
-    @cached_property
+    @property
     def float_evaluation(self) -> Evaluation:
-        """The float model measured on the evaluation inputs.
+        """The float model measured on the evaluation inputs; measures on first use.
 
         Raises:
             InputError: If it cannot be run or measured.
         """
-        try:
-            evaluation = self._evaluate(self.model.path, "float model", reference=None)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a user's function raises
-            raise InputError(
-                f"metric {self.metric!r}: fails for the float model: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        top1 = evaluation.measurement.top1
-        if top1 is not None:
-            n, classes = class_scores(evaluation.outputs).shape
-            if near_chance(top1, n, classes):
-                _logger.warning(
-                    f"The float model's top-1 accuracy is {top1:.1%} on {n} inputs, near chance "
-                    f"for {classes} classes. The preprocessing (mean, std, scale, channel order, "
-                    "crop) or the labels probably do not belong to this model."
-                )
-        return evaluation
+        return self._evaluator.float_evaluation
 
     @property
     def quantizer(self) -> Quantizer:
@@ -440,7 +399,7 @@ class QuantizationObjective:
     def evaluate(self, model: onnx.ModelProto | bytes | Path) -> Evaluation:
         """Measures a model, its bytes or a model file on the evaluation inputs."""
         data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
-        return self._evaluate(data, "evaluation", reference=self.float_evaluation.all_outputs)
+        return self._evaluator.evaluate(data)
 
     def __call__(self, trial: Trial) -> float | tuple[float, ...]:
         """Runs one trial.
@@ -504,8 +463,7 @@ class QuantizationObjective:
     def _measure_trial(self, trial: Trial, model: bytes) -> Measurement:
         if self._ladder is not None:
             return self._climb(trial, model, self._ladder)
-        reference = self.float_evaluation.all_outputs
-        evaluation = self._evaluate(model, "evaluation", reference=reference, trial=trial)
+        evaluation = self._evaluator.evaluate(model, self._reporter(trial))
         labels = self.evaluation.labels
         if evaluation.measurement.agreement is not None:
             same = pack(agrees(evaluation.outputs, self.float_evaluation.outputs))
@@ -528,7 +486,7 @@ class QuantizationObjective:
             bar = self.value(self.float_evaluation) - self.goals.max_accuracy_drop
             trial.set_user_attr(BAR_KEY, bar)
         climb = Climb(ladder)
-        for interval in climb.run(self._runner(model)):
+        for interval in climb.run(self._evaluator.runner(model)):
             done = int(climb.seen.sum())
             certain = climb.is_certain(interval, self._precision)
             rungs.append([done, interval.estimate, interval.low, interval.high])
@@ -549,29 +507,8 @@ class QuantizationObjective:
             if certain:
                 break
         if climb.seen.all():
-            return self.measure(climb.outputs(), ladder.reference, self.evaluation)
+            return self._evaluator.measure(climb.outputs(), ladder.reference, self.evaluation)
         return climb.measurement()
-
-    def _runner(self, model: bytes) -> Callable[[NDArray[np.int64]], dict[str, NDArray[Any]]]:
-        """Runs a model on the evaluation inputs of some indices."""
-        session = self._session(model)
-        names = [spec.name for spec in self.model.outputs]
-        done = 0
-
-        def outputs(indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-            nonlocal done
-            values = run(
-                session,
-                self.evaluation,
-                batch_size=self._batch_size,
-                indices=indices,
-                outputs=names,
-            )
-            done += len(indices)
-            self._progress("evaluation", done, len(self.evaluation))
-            return values
-
-        return outputs
 
     def estimate(self, params: Mapping[str, Any], *, inputs: int | None = None) -> Interval:
         """The metric's value of a configuration on all inputs, from any rung of the ladder.
@@ -601,7 +538,7 @@ class QuantizationObjective:
         climb = Climb(self._ladder)
         model = self.quantize(self.space.config(params)).proto.SerializeToString()
         for interval, following in zip(
-            climb.run(self._runner(model)), [*others, math.inf], strict=True
+            climb.run(self._evaluator.runner(model)), [*others, math.inf], strict=True
         ):
             enough = climb.is_certain(interval, self._precision) if inputs is None else False
             if enough or (inputs is not None and following > inputs):
@@ -632,22 +569,14 @@ class QuantizationObjective:
         drop = self.chosen_metric.sign * (self.value(self.float_evaluation) - value)
         return Outcome(value, drop, latency_ratio, size_bytes)
 
-    def latency(self, model: bytes, *, repeats: int = _LATENCY_REPEATS) -> LatencyRatio:
+    def latency(self, model: bytes, *, repeats: int = LATENCY_REPEATS) -> LatencyRatio:
         """Batch-1 latency of a model beside the float model's, run by run in turn.
 
         Args:
             model: The model's bytes.
             repeats: Measured runs of each model.
         """
-        feeds = list(self.evaluation.batches(1, np.arange(1)))
-        return latency_ratio(
-            make_session(
-                model, threads=self._threads, providers=self.target.providers, spinning=False
-            ),
-            self._float_latency_session,
-            feeds,
-            repeats=repeats,
-        )
+        return self._evaluator.latency(model, repeats=repeats)
 
     def export(self, trial: FrozenTrial, path: str | Path) -> Path:
         """Builds the model of a finished trial again and writes it.
@@ -702,20 +631,14 @@ class QuantizationObjective:
         return (default,)
 
     def outputs(
-        self,
-        model: bytes | Path | onnxruntime.InferenceSession,
-        inputs: InputSource,
-        stage: str,
-        on_batch: Callable[[Mapping[str, Sequence[NDArray[Any]]], int], None] | None = None,
+        self, model: bytes | Path, inputs: InputSource, stage: str
     ) -> dict[str, NDArray[Any]]:
         """Runs a model of this objective's task over inputs.
 
         Args:
-            model: A model file, its bytes, or a session of it.
+            model: A model file, or its bytes.
             inputs: What to run it on.
             stage: Name of this work for the progress callback.
-            on_batch: Called with the outputs so far, batches by output name, and the number of
-                inputs done; may raise to stop.
 
         Returns:
             The model's outputs by name, batch axis first, in the order of the inputs.
@@ -723,108 +646,7 @@ class QuantizationObjective:
         Raises:
             InputError: If the model cannot be run, or an output's shape changes with the input.
         """
-        session = self._session(model) if isinstance(model, bytes | Path) else model
-        names = [spec.name for spec in self.model.outputs]
-        inputs = inputs.bind(self._specs)
-        parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
-        done = 0
-        for indices, values in iterate(
-            session, inputs, batch_size=self._batch_size, outputs=names
-        ):
-            for name, batch in parts.items():
-                batch.append(values[name])
-            done += len(indices)
-            self._progress(stage, done, len(inputs))
-            if on_batch is not None:
-                on_batch(parts, done)
-        return {name: _joined(name, batches) for name, batches in parts.items()}
-
-    def measure(
-        self,
-        outputs: Mapping[str, NDArray[Any]],
-        reference: Mapping[str, NDArray[Any]],
-        inputs: InputSource,
-    ) -> Measurement:
-        """Measures a model's outputs for inputs beside the float model's.
-
-        Args:
-            outputs: The model's outputs by name, batch axis first.
-            reference: The float model's.
-            inputs: What they are the outputs for: `evaluation`, or a subset of it.
-        """
-        return self.chosen_metric.measure(
-            outputs, reference, labels=inputs.labels, indices=inputs.positions
-        )
-
-    def _session(self, model: bytes | Path) -> onnxruntime.InferenceSession:
-        """A session for evaluation: one thread, as many batches side by side as there are cores.
-
-        A loop of the user's runs one batch after the other, on the cores of the application.
-        """
-        if model == self.model.path and "_float_session" in self.__dict__:
-            return self._float_session
-        threads = 1 if self.chosen_metric.loop is None else self._threads
-        return make_session(model, threads=threads, providers=self.target.providers)
-
-    @cached_property
-    def _float_session(self) -> onnxruntime.InferenceSession:
-        return self._session(self.model.path)
-
-    def _try_out(self) -> None:
-        """Runs the float model on one input of each kind, to find mistakes before long work."""
-        if "float_evaluation" in self.__dict__:
-            return
-        session = self._float_session  # kept for what else the float model is run on
-        for inputs in (self.calibration, self.evaluation):
-            outputs = self.outputs(session, inputs.subset([0]), "float model")
-        if self.chosen_metric.of_classes:
-            classes = class_scores(next(iter(outputs.values()))).shape[1]
-            if self.evaluation.labels is not None:
-                check_label_range(self.evaluation.labels, classes=classes)
-
-    def _evaluate(
-        self,
-        model: bytes | Path,
-        stage: str,
-        *,
-        reference: Mapping[str, NDArray[Any]] | None,
-        trial: Trial | None = None,
-    ) -> Evaluation:
-        start = time.perf_counter()
-        session = self._session(model)
-        total, reported = len(self.evaluation), 0
-
-        def report(parts: Mapping[str, Sequence[NDArray[Any]]], done: int) -> None:
-            nonlocal reported
-            if trial is not None and self._reports(trial) and done * _REPORTS // total > reported:
-                reported = done * _REPORTS // total
-                trial.report(self._running_value(parts, reference, done), step=done)
-                if done < total and trial.should_prune():
-                    raise optuna.TrialPruned
-
-        outputs: Mapping[str, NDArray[Any]] = {}
-        measurement = Measurement(0, None, None, None, None)
-        if self.compares_outputs:
-            outputs = self.outputs(session, self.evaluation, stage, report)
-            measurement = self.measure(outputs, reference or outputs, self.evaluation)
-        if self.chosen_metric.loop is not None:
-            own = self.chosen_metric.run_loop(session)
-            measurement = dataclasses.replace(measurement, own=own)
-        return Evaluation(measurement, outputs, time.perf_counter() - start)
-
-    def _running_value(
-        self,
-        parts: Mapping[str, Sequence[NDArray[Any]]],
-        reference: Mapping[str, NDArray[Any]] | None,
-        done: int,
-    ) -> float:
-        assert reference is not None
-        measurement = self.measure(
-            {name: np.concatenate(batches) for name, batches in parts.items()},
-            {name: values[:done] for name, values in reference.items()},
-            self.evaluation.subset(np.arange(done)),
-        )
-        return self.chosen_metric.value(measurement)
+        return self._evaluator.outputs(model, inputs, stage)
 
     @cached_property
     def _ladder(self) -> Ladder | None:
@@ -836,39 +658,32 @@ class QuantizationObjective:
             return None
         return Ladder(self.metric, self.float_evaluation.all_outputs, self.evaluation.labels)
 
-    def _reports(self, trial: Trial) -> bool:
-        """Whether a trial has intermediate values; Optuna has none for several objectives.
+    def _reporter(self, trial: Trial) -> OnBatch | None:
+        """Reports intermediate values of a trial; Optuna has none for several objectives.
 
         A function of the user's may be slow: without a pruner that could use them it is not
         called for parts of the inputs.
         """
         if not self.goals.is_single or self.chosen_metric.loop is not None:
-            return False
-        return not (self.chosen_metric.is_own and isinstance(trial.study.pruner, NopPruner))
+            return None
+        if self.chosen_metric.is_own and isinstance(trial.study.pruner, NopPruner):
+            return None
+        total, reported = len(self.evaluation), 0
+
+        def report(parts: Mapping[str, Sequence[NDArray[Any]]], done: int) -> None:
+            nonlocal reported
+            if done * _REPORTS // total > reported:
+                reported = done * _REPORTS // total
+                measurement = self._evaluator.measure_first(parts, done)
+                trial.report(self.chosen_metric.value(measurement), step=done)
+                if done < total and trial.should_prune():
+                    raise optuna.TrialPruned
+
+        return report
 
     @cached_property
     def _agreement(self) -> AgreementModel:
         return AgreementModel(class_scores(self.float_evaluation.outputs))
-
-    @cached_property
-    def _float_latency_session(self) -> onnxruntime.InferenceSession:
-        return make_session(
-            self.model.path,
-            threads=self._threads,
-            providers=self.target.providers,
-            spinning=False,
-        )
-
-
-def _joined(name: str, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    shapes = {batch.shape[1:] for batch in batches}
-    if len(shapes) > 1:
-        raise InputError(
-            f"the model's output {name!r} changes its shape with the input, "
-            f"{' and '.join(map(str, sorted(shapes)[:2]))}; measure it with a loop of your own "
-            "(evaluate=)"
-        )
-    return np.concatenate(batches)
 
 
 def _finished_twin(trial: Trial, digest: str) -> FrozenTrial | None:

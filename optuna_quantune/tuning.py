@@ -39,6 +39,7 @@ from optuna_quantune.evaluation.chosen_metric import MetricFunction
 from optuna_quantune.evaluation.chosen_metric import MetricName
 from optuna_quantune.evaluation.chosen_metric import SessionFunction
 from optuna_quantune.evaluation.dataset import InputSource
+from optuna_quantune.evaluation.evaluator import Progress
 from optuna_quantune.evaluation.latency import LatencyRatio
 from optuna_quantune.evaluation.metrics import agrees
 from optuna_quantune.evaluation.metrics import Interval
@@ -53,7 +54,6 @@ from optuna_quantune.importing import import_function
 from optuna_quantune.model_file import check_writable
 from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
-from optuna_quantune.objective import Progress
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
 from optuna_quantune.quantization.config import QuantizationConfig

@@ -142,7 +142,7 @@ def test_the_model_of_a_pruned_trial_is_not_run_again(
     for params in (GOOD, COLLAPSED):
         study.enqueue_trial(params)
     study.optimize(objective, n_trials=2)
-    monkeypatch.setattr(objective, "_runner", None)  # nothing may be run
+    monkeypatch.setattr(objective._evaluator, "runner", None)  # nothing may be run
     study.enqueue_trial(COLLAPSED)
     study.optimize(objective, n_trials=1)
     assert study.trials[2].state == TrialState.PRUNED
