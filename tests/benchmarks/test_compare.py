@@ -23,6 +23,8 @@ from benchmarks import runs
 from benchmarks import tables
 from benchmarks.compare_report import write
 from benchmarks.replay import Run
+from benchmarks.scores import against_the_best
+from benchmarks.scores import among_the_best
 from benchmarks.scores import interval_of_mean
 from benchmarks.scores import score
 from benchmarks.tables import Table
@@ -317,3 +319,24 @@ def test_interval_is_about_seeds_within_tables() -> None:
     rng = np.random.default_rng(0)
     low, mean, high = interval_of_mean([rng.normal(size=(400, 1))])
     assert high[0] - low[0] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def equal_table(accuracies: list[float], seed: int) -> Table:
+    rng = np.random.default_rng(seed)
+    correct = rng.random((len(accuracies), 1000)) < np.array(accuracies)[:, None]
+    frame = pd.DataFrame({"top1": correct.mean(axis=1), "correct": [pack(row) for row in correct]})
+    return Table("made_up", frame, {"inputs": 1000})
+
+
+def test_a_configuration_is_among_the_best_by_a_test_that_knows_of_the_96() -> None:
+    """Of 50 tables of equals, a test against the winner alone tells many first rows apart."""
+    rejected = [among_the_best(equal_table([0.8] * 30, seed), 0) < 0.05 for seed in range(50)]
+    alone = [against_the_best(equal_table([0.8] * 30, seed), 0)[2].low > 0 for seed in range(50)]
+    assert sum(rejected) <= 7  # at most 2.5 expected
+    assert sum(alone) > 7  # a quarter
+
+
+def test_a_worse_configuration_is_not_among_the_best() -> None:
+    table = equal_table([0.7, *[0.8] * 29], 0)
+    assert among_the_best(table, 0) < 0.01
+    assert among_the_best(table, int(table.rows["top1"].argmax())) > 0.5
