@@ -26,6 +26,8 @@ from onnx import helper
 from onnx import numpy_helper
 
 from optuna_quantune.quantization.calibration import CalibrationInputs
+from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import with_outputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.session import make_session
@@ -89,10 +91,8 @@ class BiasCorrection:
         nodes = []
         by_name = {node.name: node for node in self._model.proto.graph.node}
         for layer in self._layers:
-            node = onnx.NodeProto()
-            node.CopyFrom(by_name[layer.name])
-            del node.input[:]
-            node.input.extend([_mean(layer), _error(layer)])
+            node = copy_of(by_name[layer.name])
+            node.input[:] = [_mean(layer), _error(layer)]
             node.output[0] = _output(layer)
             nodes.append(node)
         graph = helper.make_graph(
@@ -155,19 +155,15 @@ def _channel_mean(layer: Layer, output: NDArray[np.float32]) -> NDArray[np.float
 
 def _with_means(model: FloatModel, layers: tuple[Layer, ...]) -> onnx.ModelProto:
     """The float model with the mean over the batch of each layer's input as outputs."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    graph = proto.graph
+    proto = with_outputs(model.proto, map(_mean, layers))
     opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     batch = numpy_helper.from_array(np.array([0]), "bias_correction__batch_axis")
     if opset >= _AXES_ARE_AN_INPUT:
-        graph.initializer.append(batch)
-    del graph.output[:]
+        proto.graph.initializer.append(batch)
     for layer in layers:
         if opset >= _AXES_ARE_AN_INPUT:
             node = helper.make_node("ReduceMean", [layer.input, batch.name], [_mean(layer)])
         else:
             node = helper.make_node("ReduceMean", [layer.input], [_mean(layer)], axes=[0])
-        graph.node.append(node)
-        graph.output.append(onnx.ValueInfoProto(name=_mean(layer)))
+        proto.graph.node.append(node)
     return proto

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from typing import Final
 
 import numpy as np
@@ -32,6 +30,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from optuna_quantune.quantization.calibration import CalibrationInputs
+from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import tensor_shapes
+from optuna_quantune.quantization.graph import with_outputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.session import make_session
@@ -93,8 +96,7 @@ def equalize(model: FloatModel, inputs: CalibrationInputs) -> FloatModel:
         if layer.bias is not None:
             bias = model.weights[layer.bias]
             scaled[layer.bias] = (bias * written.reshape(bias.shape)).astype(np.float32)
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
+    proto = copy_of(model.proto)
     for tensor in proto.graph.initializer:
         if tensor.name in scaled:
             tensor.CopyFrom(numpy_helper.from_array(scaled[tensor.name], tensor.name))
@@ -124,7 +126,7 @@ class ChannelLinks:
 def link_channels(model: FloatModel) -> ChannelLinks:
     """Follows every channel from the layer that writes it to the layers that read it."""
     graph = model.proto.graph
-    shapes = _shapes(graph)
+    shapes = tensor_shapes(graph)
     constants = {tensor.name for tensor in graph.initializer}
     layers = {layer.name: layer for layer in _rescalable(model)}
     joined = _Joined()
@@ -193,7 +195,7 @@ class _Joined:
 def _passed_on(
     node: onnx.NodeProto,
     operands: list[Channels],
-    shapes: Mapping[str, tuple[int | None, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     joined: _Joined,
 ) -> Channels:
     """The channels of a node's output. Operands that it does not pass on keep the factor 1."""
@@ -204,7 +206,7 @@ def _passed_on(
         return operands[0]
     if (
         node.op_type == "Concat"
-        and _attribute(node, "axis") == 1
+        and attribute_of(node, "axis") == 1
         and len(operands) == len(node.input)
         and all(_per_channel(operand) for operand in operands)
     ):
@@ -219,16 +221,16 @@ def _passed_on(
 
 
 def _moved(
-    node: onnx.NodeProto, channels: Channels, shapes: Mapping[str, tuple[int | None, ...]]
+    node: onnx.NodeProto, channels: Channels, shapes: Mapping[str, tuple[int, ...]]
 ) -> Channels | None:
     """What the same movement makes of the channels; None where it cannot be known."""
     before, after = shapes.get(node.input[0], ()), shapes.get(node.output[0], ())
-    sizes, moved_sizes = _sizes_for_one_input(before), _sizes_for_one_input(after)
-    if sizes is None or moved_sizes is None or np.prod(sizes) != np.prod(moved_sizes):
+    sizes, moved_sizes = (1, *before[1:]), (1, *after[1:])
+    if not before or not after or 0 in sizes or np.prod(sizes) != np.prod(moved_sizes):
         return None
     whole = np.broadcast_to(channels, sizes)
     if node.op_type == "Transpose":
-        permutation = _attribute(node, "perm")
+        permutation = attribute_of(node, "perm")
         if not isinstance(permutation, list) or permutation[0] != 0:
             return None
         whole = whole.transpose(permutation)
@@ -293,7 +295,7 @@ def _rescalable(model: FloatModel) -> list[Layer]:
     nodes = {node.name: node for node in model.proto.graph.node}
     if any(a.type == onnx.AttributeProto.GRAPH for n in nodes.values() for a in n.attribute):
         return []  # the graphs of If and Loop read tensors that are not among the node's inputs
-    readers = Counter(name for node in nodes.values() for name in node.input)
+    view = GraphView(model.proto.graph)
     found = []
     for layer in model.layers:
         node = nodes[layer.name]
@@ -301,9 +303,9 @@ def _rescalable(model: FloatModel) -> list[Layer]:
         outputs, _ = _widths(layer, model.weights[layer.weight].shape)
         if (
             layer.op_type in ("Conv", "Gemm")
-            and not _attribute(node, "transA")
+            and not attribute_of(node, "transA")
             and own == [name for name in (layer.weight, layer.bias) if name]
-            and all(readers[name] == 1 for name in own)
+            and all(view.sole_reader(name) is not None for name in own)
             and (layer.bias is None or model.weights[layer.bias].size == outputs)
         ):
             found.append(layer)
@@ -337,9 +339,9 @@ def _by_group(layer: Layer, matrix: NDArray[np.float32]) -> NDArray[np.float32]:
     return matrix.reshape(layer.groups, -1, *matrix.shape[1:])
 
 
-def _fixed(shape: tuple[int | None, ...] | None) -> Channels:
+def _fixed(shape: tuple[int, ...] | None) -> Channels:
     """Channels that keep the factor 1, one number for each where the shape is known."""
-    if shape is None or len(shape) < 2 or shape[1] is None:
+    if shape is None or len(shape) < 2 or shape[1] == 0:
         return np.array(_FIXED)
     return np.full((1, shape[1], *[1] * (len(shape) - 2)), _FIXED)
 
@@ -348,42 +350,16 @@ def _per_channel(channels: Channels) -> bool:
     return channels.ndim >= 2 and channels.size == channels.shape[1]
 
 
-def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int | None, ...]]:
-    return {
-        value.name: tuple(
-            d.dim_value if d.HasField("dim_value") else None
-            for d in value.type.tensor_type.shape.dim
-        )
-        for value in (*graph.input, *graph.output, *graph.value_info)
-        if value.type.tensor_type.HasField("shape")
-    }
-
-
-def _sizes_for_one_input(shape: tuple[int | None, ...]) -> tuple[int, ...] | None:
-    sizes = [size for size in shape[1:] if size is not None]
-    return None if not shape or len(sizes) != len(shape) - 1 else (1, *sizes)
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    return next(
-        (onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), None
-    )
-
-
 def _maximum(layer: Layer) -> str:
     return f"{layer.name}__channel_maxima"
 
 
 def _with_channel_maxima(model: FloatModel, layers: list[Layer]) -> onnx.ModelProto:
     """The model with the largest magnitude of each channel of each layer's input as outputs."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    graph = proto.graph
-    del graph.output[:]
+    proto = with_outputs(model.proto, map(_maximum, layers))
     for layer in layers:
         magnitude = f"{layer.name}__magnitude"
         pool = "Identity" if layer.op_type == "Gemm" else "GlobalMaxPool"
-        graph.node.append(onnx.helper.make_node("Abs", [layer.input], [magnitude]))
-        graph.node.append(onnx.helper.make_node(pool, [magnitude], [_maximum(layer)]))
-        graph.output.append(onnx.ValueInfoProto(name=_maximum(layer)))
+        proto.graph.node.append(onnx.helper.make_node("Abs", [layer.input], [magnitude]))
+        proto.graph.node.append(onnx.helper.make_node(pool, [magnitude], [_maximum(layer)]))
     return proto

@@ -13,6 +13,9 @@ import dataclasses
 
 import onnx
 
+from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.placement import Placement
 from optuna_quantune.quantization.placement import statistics_sources
@@ -25,27 +28,17 @@ def fuse(placement: Placement) -> Placement:
     and Add made of them) and its only reader is another Relu, Clip or Add. One operand of an Add
     stays as it is: there is one accumulator, and that of the later layer is it.
     """
-    template = onnx.ModelProto()
-    template.CopyFrom(placement.template)
+    template = copy_of(placement.template)
     graph = template.graph
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {output.name for output in graph.output}
+    view = GraphView(graph)
     # Each tensor of int32 sums, and the position in the graph of the layer that they come from.
     sums: dict[str, int] = {}
     pairs: dict[str, tuple[onnx.NodeProto, onnx.NodeProto]] = {}
     dropped: set[int] = set()
-
-    def sole_reader(tensor: str) -> onnx.NodeProto | None:
-        behind = readers.get(tensor, [])
-        return behind[0] if len(behind) == 1 and tensor not in outputs else None
-
     for position, node in enumerate(graph.node):
         if node.op_type == "QuantizeLinear" and node.input[0] in sums:
-            dequantize = sole_reader(node.output[0])
-            if dequantize is not None and sole_reader(node.input[0]) is not None:
+            dequantize = view.sole_reader(node.output[0])
+            if dequantize is not None and view.sole_reader(node.input[0]) is not None:
                 pairs[dequantize.output[0]] = node, dequantize
             continue
         if node.op_type in WEIGHTED_OPS:
@@ -53,7 +46,7 @@ def fuse(placement: Placement) -> Placement:
             continue
         if node.op_type not in ("Relu", "Clip", "Add"):
             continue
-        fusible = [name for name in node.input if name in pairs and sole_reader(name) is node]
+        fusible = [name for name in node.input if name in pairs and view.sole_reader(name) is node]
         fusible += [name for name in node.input if name in sums]  # never had a pair
         if not fusible:
             continue
@@ -65,13 +58,7 @@ def fuse(placement: Placement) -> Placement:
         sums[node.output[0]] = sums[source]
     kept = [node for node in graph.node if id(node) not in dropped]
     used = {name for node in kept for name in node.input}
-    copies = []
-    for node in kept:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del graph.node[:]
-    graph.node.extend(copies)
+    refill(graph.node, kept)
     sites = tuple(site for site in placement.activations if site.scale in used)
     return dataclasses.replace(placement, template=template, activations=sites)
 

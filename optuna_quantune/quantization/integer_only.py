@@ -15,8 +15,10 @@ from typing import Final
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import constant_values
+from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 
 
@@ -86,11 +88,8 @@ class _Graph:
     """Follows the integers through a graph; nodes must be asked for in graph order."""
 
     def __init__(self, proto: onnx.ModelProto) -> None:
-        self._constants = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
-        for node in proto.graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self._constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        self._shapes = _shapes(proto)
+        self._constants = constant_values(proto.graph)
+        self._shapes = tensor_shapes(onnx.shape_inference.infer_shapes(proto).graph)
         # The scale of each tensor of integers or of int32 sums.
         self._scales: dict[str, NDArray[Any]] = {}
         self._next_scales: dict[str, list[NDArray[Any]]] = {}
@@ -163,11 +162,9 @@ class _Graph:
 
     def _averaged(self, node: onnx.NodeProto) -> int | None:
         """How many values a mean is taken of; None if that is not known."""
-        for attribute in node.attribute:
-            if attribute.name == "kernel_shape":
-                return int(np.prod(attribute.ints))
         shape = self._shapes.get(node.input[0])
-        return None if shape is None else int(np.prod(shape[2:])) or None
+        window = attribute_of(node, "kernel_shape", None if shape is None else shape[2:])
+        return None if window is None else int(np.prod(window)) or None
 
 
 def _middle(dtype: np.dtype[Any]) -> int:
@@ -187,12 +184,3 @@ def _enclosed(graph: onnx.GraphProto) -> set[str]:
         if node.op_type == "QuantizeLinear" or before & set(node.output):
             before.update(node.input)
     return behind & before
-
-
-def _shapes(proto: onnx.ModelProto) -> dict[str, list[int]]:
-    """Static shapes; a free dimension is 0."""
-    inferred = onnx.shape_inference.infer_shapes(proto).graph
-    values = (*inferred.input, *inferred.value_info, *inferred.output)
-    return {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values
-    }

@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 from typing import Final
-from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -36,9 +35,13 @@ from numpy.typing import NDArray
 from onnx import helper
 from onnx import numpy_helper
 
+from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import MOVING_OPS
+from optuna_quantune.quantization.placement import PAIR_OPS
 
 
 # Integer convolutions with up to so many groups are made dense, which multiplies as many times as
@@ -48,12 +51,10 @@ MOST_GROUPS: Final = 8
 _BLOCK: Final = 16
 # Channels that the depthwise kernels take at once.
 _CHANNELS_AT_ONCE: Final = {"float": 4, "int8": 16}
-_PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
 _LRN_EXPONENT: Final = 0.75
 _IMAGE_RANK: Final = 4
 _JOINING_OPS: Final = ("Add", "Concat")
 
-Message = TypeVar("Message", onnx.NodeProto, onnx.TensorProto, onnx.ValueInfoProto)
 # For a weight and a bias each the constants that it is made of.
 Operands = list[tuple[str, ...]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -87,20 +88,14 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
     graph.write()
 
 
-class _Graph:
-    """Nodes, constants, writers and readers of a graph under change."""
+class _Graph(GraphView):
+    """A view that changes are made in; the graph itself changes when they are written."""
 
     def __init__(self, proto: onnx.GraphProto) -> None:
+        super().__init__(proto)
         self._proto = proto
         self.nodes = list(proto.node)
-        self.constants = {tensor.name: tensor for tensor in proto.initializer}
-        self.outputs = {output.name for output in proto.output}
-        self.writers = {name: node for node in self.nodes for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
         self.reshaped: set[str] = set()
-        for node in self.nodes:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
 
     def values(self, name: str) -> NDArray[Any]:
         return numpy_helper.to_array(self.constants[name])
@@ -108,10 +103,6 @@ class _Graph:
     def add_constant(self, name: str, values: NDArray[Any]) -> str:
         self.constants[name] = numpy_helper.from_array(values, name)
         return name
-
-    def sole_reader(self, tensor: str) -> onnx.NodeProto | None:
-        behind = self.readers.get(tensor, [])
-        return behind[0] if len(behind) == 1 and tensor not in self.outputs else None
 
     def replace(self, node: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
         position = next(i for i, other in enumerate(self.nodes) if other is node)
@@ -130,18 +121,10 @@ class _Graph:
 
     def write(self) -> None:
         used = {name for node in self.nodes for name in node.input} | self.outputs
-        constants = [tensor for name, tensor in self.constants.items() if name in used]
-        copies = [_copy_of(node) for node in self.nodes]
-        del self._proto.node[:]
-        self._proto.node.extend(copies)
-        kept = [_copy_of(tensor) for tensor in constants]
-        del self._proto.initializer[:]
-        self._proto.initializer.extend(kept)
-        known = [value for value in self._proto.value_info if value.name not in self.reshaped]
-        if len(known) < len(self._proto.value_info):
-            shapes = [_copy_of(value) for value in known]
-            del self._proto.value_info[:]
-            self._proto.value_info.extend(shapes)
+        refill(self._proto.node, self.nodes)
+        refill(self._proto.initializer, (t for n, t in self.constants.items() if n in used))
+        known = (value for value in self._proto.value_info if value.name not in self.reshaped)
+        refill(self._proto.value_info, known)
 
 
 def _make_dense(graph: _Graph, conv: onnx.NodeProto) -> None:
@@ -178,7 +161,7 @@ def _zero(graph: _Graph, names: tuple[str, ...]) -> Any:
 
 def groups_of(conv: onnx.NodeProto) -> int:
     """The groups of a convolution's channels."""
-    return next((int(a.i) for a in conv.attribute if a.name == "group"), 1)
+    return int(attribute_of(conv, "group", 1))
 
 
 def _operands(graph: _Graph, conv: onnx.NodeProto) -> Operands | None:
@@ -216,7 +199,7 @@ def _absorb_shuffle(graph: _Graph, start: onnx.NodeProto, shapes: Shapes) -> Non
     values = np.arange(int(np.prod(shape))).reshape(shape)
     moved = values
     for node in chain:
-        if node.op_type not in _PAIR_OPS:
+        if node.op_type not in PAIR_OPS:
             after = _moved(graph, node, moved)
             if after is None:
                 return
@@ -241,12 +224,14 @@ def _absorb_shuffle(graph: _Graph, start: onnx.NodeProto, shapes: Shapes) -> Non
 def _chain(graph: _Graph, start: onnx.NodeProto) -> list[onnx.NodeProto] | None:
     """Reshape, Transpose and Reshape with the pairs between and behind them, if they follow."""
     before = graph.writers.get(start.input[0])
-    scale = before.input[1] if before is not None and before.op_type == _PAIR_OPS[0] else None
+    scale = None
+    if before is not None and before.op_type == "DequantizeLinear":
+        scale = before.input[1]
     chain = [start]
     for expected in ("Transpose", "Reshape"):
         while (node := graph.sole_reader(chain[-1].output[0])) is not None:
             chain.append(node)
-            if node.op_type not in _PAIR_OPS:
+            if node.op_type not in PAIR_OPS:
                 break
         if chain[-1].op_type != expected:
             return None
@@ -279,7 +264,7 @@ def _writers_of_channels(graph: _Graph, tensor: str) -> list[Operands] | None:
             weight = graph.values(operands[0][0])
             if weight.shape[1] != 1 or weight.shape[0] != groups_of(node):
                 return None
-        elif node.op_type not in (*_PAIR_OPS, *ACTIVATION_OPS):
+        elif node.op_type not in (*PAIR_OPS, *ACTIVATION_OPS):
             return None
         tensor = node.input[0]
     return None
@@ -293,7 +278,7 @@ def _fill_up_channels(graph: _Graph, depthwise: onnx.NodeProto) -> None:
     channels, inputs = graph.values(operands[0][0]).shape[:2]
     at_once = _CHANNELS_AT_ONCE["float" if len(operands[0]) == 1 else "int8"]
     missing = -channels % at_once
-    if inputs != 1 or groups_of(depthwise) != channels or missing == 0:
+    if channels == 1 or inputs != 1 or groups_of(depthwise) != channels or missing == 0:
         return
     around: list[Operands] = []
     between: set[str] = set()
@@ -328,7 +313,7 @@ def _next_convolution(
         node = reader if forward else graph.writers.get(tensor)
         if node is not None and node.op_type == "Conv":
             return node, tensors
-        if node is None or node.op_type not in (*_PAIR_OPS, *ACTIVATION_OPS):
+        if node is None or node.op_type not in (*PAIR_OPS, *ACTIVATION_OPS):
             break
         tensor = node.output[0] if forward else node.input[0]
     return None, tensors
@@ -353,7 +338,7 @@ def _shape_before(graph: _Graph, node: onnx.NodeProto, shapes: Shapes) -> tuple[
     tensor = node.input[0]
     while tensor not in shapes:
         writer = graph.writers.get(tensor)
-        if writer is None or writer.op_type not in (*_PAIR_OPS, "Max"):
+        if writer is None or writer.op_type not in (*PAIR_OPS, "Max"):
             return None
         tensor = writer.input[0]
     return shapes[tensor] if len(shapes[tensor]) > 2 else None
@@ -364,7 +349,7 @@ def _moved(
 ) -> NDArray[np.int64] | None:
     """What a Reshape or Transpose makes of a tensor for one input; None if it cannot be known."""
     if node.op_type == "Transpose":
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+        order = attribute_of(node, "perm")
         return None if order is None or order[0] != 0 else values.transpose(order)
     if node.input[1] not in graph.constants:
         return None
@@ -404,13 +389,7 @@ def _convolve(graph: _Graph, pool: onnx.NodeProto, shapes: Shapes) -> None:
     tensor, source = pool.output[0], graph.writers.get(pool.input[0])
     quantize = graph.sole_reader(tensor)
     shape = _shape_before(graph, pool, shapes)
-    attributes = {a.name: a for a in pool.attribute}
-    pads = attributes["pads"].ints if "pads" in attributes else ()
-    whole = "count_include_pad" in attributes and attributes["count_include_pad"].i == 1
-    rounded_up = "ceil_mode" in attributes and attributes["ceil_mode"].i == 1
-    padded_alike = (
-        attributes["auto_pad"].s in (b"NOTSET", b"") if "auto_pad" in attributes else True
-    )
+    same_taps = not any(attribute_of(pool, "pads", ())) or attribute_of(pool, "count_include_pad")
     if (
         shape is None
         or len(shape) != _IMAGE_RANK
@@ -418,17 +397,17 @@ def _convolve(graph: _Graph, pool: onnx.NodeProto, shapes: Shapes) -> None:
         or source.op_type != "DequantizeLinear"
         or quantize is None
         or quantize.op_type != "QuantizeLinear"
-        or rounded_up
-        or not padded_alike
-        or (any(pads) and not whole)
+        or attribute_of(pool, "ceil_mode")
+        or attribute_of(pool, "auto_pad", b"NOTSET") not in (b"NOTSET", b"")
+        or not same_taps
     ):
         return
-    kernel, channels = list(attributes["kernel_shape"].ints), shape[1]
+    kernel, channels = attribute_of(pool, "kernel_shape"), shape[1]
     share = np.float32(1.0 / np.prod(kernel))
     weight = _depthwise_weight(graph, tensor, (channels, 1, *kernel), share)
     kept = ("kernel_shape", "strides", "pads", "dilations")
     convolution = helper.make_node("Conv", [pool.input[0], weight[-1]], [tensor], group=channels)
-    convolution.attribute.extend(attributes[name] for name in kept if name in attributes)
+    convolution.attribute.extend(a for name in kept for a in pool.attribute if a.name == name)
     dequantize = helper.make_node("DequantizeLinear", weight[:-1], weight[-1:], axis=0)
     graph.replace(pool, [dequantize, convolution])
 
@@ -499,13 +478,11 @@ def _take_square_roots(graph: _Graph, lrn: onnx.NodeProto, shapes: Shapes) -> No
     The sum goes over neighbouring channels: a 1 x 1 convolution with a banded weight.
     """
     shape = _shape_before(graph, lrn, shapes)
-    attributes = {a.name: a for a in lrn.attribute}
-    exponent = attributes["beta"].f if "beta" in attributes else _LRN_EXPONENT
+    exponent = attribute_of(lrn, "beta", _LRN_EXPONENT)
     if shape is None or abs(exponent - _LRN_EXPONENT) > 1e-6:
         return
-    size = attributes["size"].i
-    alpha = attributes["alpha"].f if "alpha" in attributes else 1e-4
-    bias = attributes["bias"].f if "bias" in attributes else 1.0
+    size = attribute_of(lrn, "size")
+    alpha, bias = attribute_of(lrn, "alpha", 1e-4), attribute_of(lrn, "bias", 1.0)
     channels = np.arange(shape[1])
     distance = channels[None, :] - channels[:, None]
     band = (distance >= -((size - 1) // 2)) & (distance <= size // 2)
@@ -529,9 +506,3 @@ def _take_square_roots(graph: _Graph, lrn: onnx.NodeProto, shapes: Shapes) -> No
             helper.make_node("Div", [source, power], [result]),
         ],
     )
-
-
-def _copy_of(message: Message) -> Message:
-    copy = type(message)()
-    copy.CopyFrom(message)
-    return copy

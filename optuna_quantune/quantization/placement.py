@@ -36,6 +36,10 @@ from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.registry import QDQRegistry
 from onnxruntime.quantization.registry import QLinearOpsRegistry
 
+from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.lint import check_node_names
 from optuna_quantune.quantization.model import FloatModel
 
@@ -50,7 +54,7 @@ _QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
 # Layers whose integer kernels can give float results (``QGemm``, ``MatMulIntegerToFloat``).
 FLOAT_RESULT_OPS: Final = ("Gemm", "MatMul")
 ACTIVATION_OPS: Final = ("Clip", "Relu")
-_PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
+PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,10 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
     """
     quantized = _run_quantize_static(model)
     graph = quantized.graph
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    view = GraphView(graph)
     sources = statistics_sources(model.proto.graph)
     activations: dict[str, ActivationSite] = {}
     constants: list[ConstantSite] = []
-    dequantized_by: dict[str, onnx.NodeProto] = {}
-    readers = _readers(graph)
     for node in graph.node:
         if node.op_type == "QuantizeLinear":
             scale, zero_point = node.input[1], node.input[2]
@@ -140,18 +142,13 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
             activations[scale] = ActivationSite(
                 tensor, sources.get(tensor, tensor), scale, zero_point
             )
-        elif node.op_type == "DequantizeLinear":
-            dequantized_by[node.output[0]] = node
-    for node in dequantized_by.values():
-        if node.input[0] in initializers:
-            constants.append(_constant_site(node, initializers, readers, dequantized_by, model))
+        elif node.op_type == "DequantizeLinear" and node.input[0] in view.constants:
+            constants.append(_constant_site(node, view, model))
     constants.sort(key=lambda site: site.kind == "bias")
     filled_in = {name for site in activations.values() for name in (site.scale, site.zero_point)}
     for constant in constants:
         filled_in |= {constant.quantized, constant.scale, constant.zero_point}
-    kept = [tensor for tensor in graph.initializer if tensor.name not in filled_in]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    refill(graph.initializer, (t for t in graph.initializer if t.name not in filled_in))
     placement = Placement(quantized, tuple(activations.values()), tuple(constants))
     return keep_float(placement, model, float_nodes)
 
@@ -172,8 +169,7 @@ def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[st
     """
     outputs = {output.name for output in model.outputs}
     check_node_names(model, [name for name in float_nodes if name not in outputs])
-    template = onnx.ModelProto()
-    template.CopyFrom(placement.template)
+    template = copy_of(placement.template)
     graph = template.graph
     pairs = _Pairs(graph, _with_moving_nodes(model.proto.graph, float_nodes), set(float_nodes))
     # The dequantized bias has the name of the float one.
@@ -211,15 +207,14 @@ class _Pairs:
         self, graph: onnx.GraphProto, float_nodes: Set[str], float_outputs: Set[str]
     ) -> None:
         self.float_nodes = float_nodes
-        self._writers = {name: node for node in graph.node for name in node.output}
-        self._readers = _readers(graph)
+        self._view = GraphView(graph)
         self._float_outputs = float_outputs
         self._stay: dict[str, bool] = {}
         self.nodes: dict[str, tuple[onnx.NodeProto, onnx.NodeProto]] = {}
         self.constants: dict[str, onnx.NodeProto] = {}
         for node in graph.node:
             if node.op_type == "DequantizeLinear":
-                before = self._writers.get(node.input[0])
+                before = self._view.writers.get(node.input[0])
                 if before is None:
                     self.constants[node.output[0]] = node
                 else:
@@ -232,26 +227,26 @@ class _Pairs:
         return self._stay[tensor]
 
     def _is_needed(self, tensor: str) -> bool:
-        writer = self._writers.get(self.nodes[tensor][0].input[0])
+        writer = self._view.writers.get(self.nodes[tensor][0].input[0])
         if writer is not None and self._computes_with_integers(writer):
             return tensor not in self._float_outputs or writer.op_type not in FLOAT_RESULT_OPS
         # A Relu or Clip is computed as what is before it.
         return any(
             reader.op_type not in ACTIVATION_OPS and self._computes_with_integers(reader)
-            for reader in self._readers.get(tensor, [])
+            for reader in self._view.readers.get(tensor, [])
         )
 
     def read_in_float(self, tensor: str, reader: onnx.NodeProto) -> bool:
         """Whether `reader` takes what stands before the pair that gives `tensor`."""
         if not self.stay(tensor):
             return True
-        writer = self._writers.get(self.nodes[tensor][0].input[0])
+        writer = self._view.writers.get(self.nodes[tensor][0].input[0])
         rounded_by_need = writer is not None and self._computes_with_integers(writer)
         return not rounded_by_need and not self._computes_with_integers(reader)
 
     def all_readers_float(self, constant: str) -> bool:
         """Whether only nodes kept in float read a dequantized constant."""
-        return all(node.name in self.float_nodes for node in self._readers[constant])
+        return all(node.name in self.float_nodes for node in self._view.readers[constant])
 
     def _computes_with_integers(self, node: onnx.NodeProto) -> bool:
         if node.name in self.float_nodes or node.op_type not in _QUANTIZED_OPS:
@@ -265,21 +260,20 @@ class _Pairs:
 def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> set[str]:
     """Float nodes, and the moving nodes that stand behind one or have no other readers."""
     found = set(float_nodes)
-    writers = {name: node for node in graph.node for name in node.output}
-    readers = _readers(graph)
+    view = GraphView(graph)
 
     def in_float(node: onnx.NodeProto) -> bool:
         return node.name in found or node.op_type not in _QUANTIZED_OPS
 
     for node in graph.node:
         if node.op_type in MOVING_OPS:
-            before = writers.get(node.input[0])
+            before = view.writers.get(node.input[0])
             while before is not None and before.op_type in ACTIVATION_OPS:
-                before = writers.get(before.input[0])
+                before = view.writers.get(before.input[0])
             if before is not None and in_float(before):
                 found.add(node.name)
     for node in reversed(graph.node):
-        behind = readers.get(node.output[0], []) if node.op_type in MOVING_OPS else []
+        behind = view.readers.get(node.output[0], []) if node.op_type in MOVING_OPS else []
         if behind and all(in_float(reader) for reader in behind):
             found.add(node.name)
     return found
@@ -319,18 +313,12 @@ def _without_unused(
     used = {output.name for output in graph.output}
     kept = []
     for node in reversed(nodes):
-        if used.intersection(node.output) or node.op_type not in _PAIR_OPS:
+        if used.intersection(node.output) or node.op_type not in PAIR_OPS:
             kept.append(node)
             used.update(node.input)
-    copies = []
-    for node in reversed(kept):
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del graph.node[:]
-    graph.node.extend(copies)
+    refill(graph.node, reversed(kept))
     there = {tensor.name for tensor in graph.initializer}
-    there.update(name for node in copies for name in node.output)
+    there.update(name for node in kept for name in node.output)
     graph.initializer.extend(
         tensor
         for tensor in model.proto.graph.initializer
@@ -343,14 +331,6 @@ def _without_unused(
     )
 
 
-def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    return readers
-
-
 def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
     graph = model.proto.graph
     tensors = [name for node in graph.node for name in node.output if name]
@@ -361,13 +341,11 @@ def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
         cache = Path(folder) / "ranges.json"
         output = Path(folder) / "quantized.onnx"
         save_tensors_data(ranges, str(cache))
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model.proto)
         level = logging.root.level
         logging.root.setLevel(logging.ERROR)  # it advises a pre-processing that was done already
         try:
             quantize_static(
-                copy,
+                copy_of(model.proto),
                 str(output),
                 None,
                 quant_format=QuantFormat.QDQ,
@@ -403,41 +381,30 @@ def statistics_sources(
         before_activations: Whether the first two rules hold; without them what is before a Relu,
             Clip or Concat has a range of its own.
     """
-    outputs = {output.name for output in graph.output}
-    readers: dict[str, int] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
+    view = GraphView(graph)
     sources: dict[str, str] = {}
     writers = {name: node.op_type for node in graph.node for name in node.output}
     for node in reversed(graph.node) if before_activations else ():
-        tensor = node.input[0] if node.input else ""
         if node.op_type == "Concat":
             parts = [name for name in node.input if writers.get(name) not in MOVING_OPS]
-            alone = all(readers[name] == 1 and name not in outputs for name in parts)
+            alone = all(view.sole_reader(name) is not None for name in parts)
             if alone and len({writers.get(name) in ACTIVATION_OPS for name in parts}) == 1:
                 source = sources.get(node.output[0], node.output[0])
                 sources.update(dict.fromkeys(parts, source))
-        elif node.op_type in ("Relu", "Clip") and readers[tensor] == 1 and tensor not in outputs:
-            sources[tensor] = sources.get(node.output[0], node.output[0])
+        elif node.op_type in ACTIVATION_OPS and view.sole_reader(node.input[0]) is not None:
+            sources[node.input[0]] = sources.get(node.output[0], node.output[0])
     for node in graph.node:
         if node.op_type in MOVING_OPS:
             sources[node.output[0]] = sources.get(node.input[0], node.input[0])
     return sources
 
 
-def _constant_site(
-    node: onnx.NodeProto,
-    initializers: dict[str, onnx.TensorProto],
-    readers: dict[str, list[onnx.NodeProto]],
-    dequantized_by: dict[str, onnx.NodeProto],
-    model: FloatModel,
-) -> ConstantSite:
+def _constant_site(node: onnx.NodeProto, view: GraphView, model: FloatModel) -> ConstantSite:
     quantized, scale, zero_point = node.input
     tensor = quantized.removesuffix("_quantized")
-    if initializers[quantized].data_type == onnx.TensorProto.INT32:
-        layer = readers[node.output[0]][0]
-        data, weight = dequantized_by[layer.input[0]], dequantized_by[layer.input[1]]
+    if view.constants[quantized].data_type == onnx.TensorProto.INT32:
+        layer = view.readers[node.output[0]][0]
+        data, weight = view.writers[layer.input[0]], view.writers[layer.input[1]]
         return ConstantSite(
             "bias",
             # ONNX Runtime stores a second copy, under another name, of a bias used twice.
@@ -449,7 +416,7 @@ def _constant_site(
             input_scale=data.input[1],
             weight=weight.input[0].removesuffix("_quantized"),
         )
-    axis = next((a.i for a in node.attribute if a.name == "axis"), None)
+    axis = attribute_of(node, "axis")
     kind: Literal["weight", "other"] = (
         "weight" if any(layer.weight == tensor for layer in model.layers) else "other"
     )

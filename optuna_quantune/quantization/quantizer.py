@@ -31,11 +31,17 @@ from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.digest import canonical_digest
 from optuna_quantune.quantization.fusion import fuse
 from optuna_quantune.quantization.fusion import separate
+from optuna_quantune.quantization.graph import constant_values
+from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import refill
+from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.kernels import adapt
 from optuna_quantune.quantization.lint import live_weights
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.model import WEIGHTED_OPS
+from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import ConstantSite
 from optuna_quantune.quantization.placement import keep_float
 from optuna_quantune.quantization.placement import place
@@ -201,8 +207,7 @@ class Quantizer:
         """
         plan = self.plan(config)
         placement = self.placement(plan.float_layers, config.fusion)
-        proto = onnx.ModelProto()
-        proto.CopyFrom(placement.template)
+        proto = copy_of(placement.template)
         by_scale: dict[str, QuantizationParameters] = {}
         for activation in placement.activations:
             parameters = plan.activations[activation.tensor]
@@ -416,12 +421,8 @@ class Quantizer:
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of float tensors for one input, as far as they are known."""
-        graph = self.model.proto.graph
-        shapes = {
-            value.name: (1, *(d.dim_value for d in value.type.tensor_type.shape.dim[1:]))
-            for value in (*graph.input, *graph.value_info)
-        }
-        return {name: shape for name, shape in shapes.items() if 0 not in shape}
+        shapes = tensor_shapes(self.model.proto.graph)
+        return {name: (1, *shape[1:]) for name, shape in shapes.items() if 0 not in shape[1:]}
 
     @property
     def _weight_integers(self) -> dict[str, Any]:
@@ -448,7 +449,7 @@ class Quantizer:
 
     @cached_property
     def _constants(self) -> dict[str, NDArray[Any]]:
-        return {i.name: numpy_helper.to_array(i) for i in self.model.proto.graph.initializer}
+        return constant_values(self.model.proto.graph)
 
 
 def _extremes(values: NDArray[Any], axis: int | None) -> Range:
@@ -495,9 +496,7 @@ def _match_axes(graph: onnx.GraphProto, placement: Placement, plan: Quantization
     }
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in whole:
-            kept = [attribute for attribute in node.attribute if attribute.name != "axis"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+            refill(node.attribute, (a for a in node.attribute if a.name != "axis"))
 
 
 def _remove_implied_activations(
@@ -510,42 +509,29 @@ def _remove_implied_activations(
     quantizer removes the node without looking at the parameters, which loses it for any range with
     negative values (its ``QDQRemovableActivation``).
     """
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {output.name for output in graph.output}
+    view = GraphView(graph)
     removed: set[int] = set()
     for node in graph.node:
-        if node.op_type not in ("Relu", "Clip") or node.output[0] in outputs:
+        if node.op_type not in ACTIVATION_OPS:
             continue
-        before = producers.get(node.input[0])
-        behind = readers.get(node.output[0], [])
-        if before is None or before.op_type != "DequantizeLinear" or len(behind) != 1:
-            continue
-        after, quantize = behind[0], producers[before.input[0]]
+        before, after = view.writers.get(node.input[0]), view.sole_reader(node.output[0])
         if (
-            after.op_type != "QuantizeLinear"
-            or len(readers[before.output[0]]) != 1
-            or len(readers[before.input[0]]) != 1
+            before is None
+            or before.op_type != "DequantizeLinear"
+            or after is None
+            or after.op_type != "QuantizeLinear"
+            or view.sole_reader(before.output[0]) is None
+            or view.sole_reader(before.input[0]) is None
             or not _same_parameters(by_scale[before.input[1]], by_scale[after.input[1]])
-            or not _implied(node, by_scale[after.input[1]], initializers)
+            or not _implied(node, by_scale[after.input[1]], view.constants)
         ):
             continue
+        quantize = view.writers[before.input[0]]
         after.input[0] = quantize.input[0]
-        readers[quantize.input[0]].remove(quantize)
-        readers[quantize.input[0]].append(after)
         removed |= {id(quantize), id(before), id(node)}
-    kept = [node for node in graph.node if id(node) not in removed]
-    used = {name for node in kept for name in node.input}
-    parameters = [tensor for tensor in graph.initializer if tensor.name in used]
-    kept_nodes = [_copy(node) for node in kept]
-    del graph.node[:]
-    graph.node.extend(kept_nodes)
-    del graph.initializer[:]
-    graph.initializer.extend(parameters)
+    refill(graph.node, (node for node in graph.node if id(node) not in removed))
+    used = {name for node in graph.node for name in node.input}
+    refill(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in used))
 
 
 def _same_parameters(first: QuantizationParameters, second: QuantizationParameters) -> bool:
@@ -555,7 +541,7 @@ def _same_parameters(first: QuantizationParameters, second: QuantizationParamete
 def _implied(
     node: onnx.NodeProto,
     parameters: QuantizationParameters,
-    initializers: Mapping[str, onnx.TensorProto],
+    constants: Mapping[str, onnx.TensorProto],
 ) -> bool:
     scale = float(parameters.scale)
     zero_point = int(parameters.zero_point)
@@ -563,14 +549,8 @@ def _implied(
     if node.op_type == "Relu":
         return low >= 0.0
     bounds = [
-        float(numpy_helper.to_array(initializers[name])) if name in initializers else unbounded
+        float(numpy_helper.to_array(constants[name])) if name in constants else unbounded
         for name, unbounded in zip((*node.input[1:3], "", "")[:2], (-np.inf, np.inf), strict=True)
     ]
     # float32 rounding of the scale may leave the largest integer a hair beyond the bound.
     return low >= bounds[0] and high <= bounds[1] + 1e-6 * abs(high)
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    return copy

@@ -329,3 +329,18 @@ def test_channels_that_others_read_stay_as_they_are(tmp_path: Path, run: Run) ->
     plain, written = (q.quantize(QuantizationConfig()).proto for q in (before, after))
     assert groups(written)["depth"] == 24
     np.testing.assert_allclose(run(written, INPUTS), run(plain, INPUTS), atol=1e-5)
+
+
+def test_a_convolution_of_one_channel_is_no_depthwise_one(tmp_path: Path, run: Run) -> None:
+    nodes = [
+        helper.make_node("Conv", ["input", "first"], ["a"], name="first"),
+        helper.make_node("Conv", ["a", "only"], ["b"], name="only"),
+        helper.make_node("Conv", ["b", "last"], ["c"], name="last"),
+    ]
+    shapes = {"first": (1, 12, 1, 1), "only": (1, 1, 3, 3), "last": (5, 1, 1, 1)}
+    weights: dict[str, NDArray[np.generic]] = {
+        name: RNG.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    before, after = quantizers(build(nodes, weights, "c"), tmp_path)
+    plain, written = (q.quantize(QuantizationConfig()).proto for q in (before, after))
+    np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))

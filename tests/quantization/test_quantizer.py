@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 from typing import get_args
 
@@ -15,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from onnx import helper
 from onnx import numpy_helper
 
 from optuna_quantune.quantization import quantizer as quantizer_module
@@ -26,12 +28,14 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.config import WeightClipping
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.quantizer import CONFIG_KEY
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import Representation
 from optuna_quantune.quantization.weight_clipping import least_error_range
 
 
+MakeQuantizer = Callable[[FloatModel, NDArray[np.float32]], Quantizer]
 Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
 
 SCHEMES = get_args(Scheme)
@@ -264,6 +268,24 @@ def test_relu_and_clip_go_only_where_saturation_does_their_work(quantizer: Quant
     assert not {"Relu", "Clip"} & set(build(quantizer, scheme="symmetric_uint8").operators())
     for scheme in ("symmetric", "symmetric_power2"):
         assert {"Relu", "Clip"} <= set(build(quantizer, scheme=scheme).operators())
+
+
+def test_a_relu_stays_where_what_is_before_it_is_an_output(
+    toy_model: Path, toy_inputs: NDArray[np.float32], tmp_path: Path, make_quantizer: MakeQuantizer
+) -> None:
+    proto = onnx.load(toy_model)
+    shape = ("batch", 16, 16, 16)
+    stem = helper.make_tensor_value_info("stem.out", onnx.TensorProto.FLOAT, shape)
+    proto.graph.output.append(stem)
+    for tensor in proto.graph.initializer:
+        if tensor.name.startswith("stem."):  # never negative, so that the Relu does nothing
+            values = np.abs(numpy_helper.to_array(tensor))
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(proto, tmp_path / "two_outputs.onnx")
+    model = load_float_model(tmp_path / "two_outputs.onnx")
+    built = build(make_quantizer(model, np.abs(toy_inputs)))
+    onnx.checker.check_model(built.proto, full_check=True)
+    assert built.operators().count("Relu") == 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

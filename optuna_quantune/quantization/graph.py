@@ -1,0 +1,114 @@
+"""A view of an ONNX graph: who writes and who reads each tensor, shapes, constants, copies.
+
+An ONNX graph is a flat list of nodes that name the tensors they read and write. Who writes and who
+reads a tensor has to be collected first (`GraphView`); shapes, attributes and constants lie in
+messages several levels deep. Nothing here knows of quantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import MutableSequence
+from typing import Any
+from typing import Final
+from typing import TypeVar
+
+import onnx
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+from onnx import AttributeProto
+from onnx import helper
+from onnx import numpy_helper
+
+
+_GRAPHS: Final = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+class GraphView:
+    """Who writes and who reads each tensor of a graph.
+
+    It is taken once: what changes in the graph later is not seen.
+
+    Args:
+        graph: The graph; the view holds its own messages, not copies.
+
+    Attributes:
+        constants: Initializers by name.
+        outputs: Names of the graph's outputs.
+        writers: The node that writes each tensor.
+        readers: The nodes that read each tensor, in graph order; one that reads it twice stands
+            there twice, and a tensor that no node reads is left out.
+    """
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.outputs = {output.name for output in graph.output}
+        self.writers: dict[str, onnx.NodeProto] = {}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            self.writers.update(dict.fromkeys(node.output, node))
+            for name in reads(node):
+                self.readers.setdefault(name, []).append(node)
+
+    def sole_reader(self, tensor: str) -> onnx.NodeProto | None:
+        """The node that reads a tensor if nothing else does; an output of the graph is read."""
+        behind = self.readers.get(tensor, [])
+        return behind[0] if len(behind) == 1 and tensor not in self.outputs else None
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Names of the tensors that a node, or a graph within it (of If, Loop, Scan), needs."""
+    names = list(node.input)
+    for attribute in node.attribute:
+        if attribute.type in _GRAPHS:
+            for graph in (attribute.g, *attribute.graphs):
+                written = {name for inner in graph.node for name in inner.output}
+                names += [n for inner in graph.node for n in reads(inner) if n not in written]
+    return names
+
+
+def attribute_of(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute: a number, bytes, a list; `default` where it is not set."""
+    found = (helper.get_attribute_value(a) for a in node.attribute if a.name == name)
+    return next(found, default)
+
+
+def constant_values(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
+    """The values of all initializers, and of Constant nodes that hold a tensor, by name."""
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    return values
+
+
+def tensor_shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
+    """The shapes of inputs, outputs and inner tensors as far as the graph says; 0 where free."""
+    return {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def copy_of(message: AnyMessage) -> AnyMessage:
+    """A message of its own with the same content."""
+    copy: AnyMessage = type(message)()
+    copy.CopyFrom(message)
+    return copy
+
+
+def refill(field: MutableSequence[AnyMessage], messages: Iterable[AnyMessage]) -> None:
+    """Lets a repeated field hold copies of these messages, some of which may be its own now."""
+    kept = list(messages)
+    del field[:]
+    field.extend(kept)
+
+
+def with_outputs(proto: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """A copy of a model that has these tensors, and no others, as outputs."""
+    copy = copy_of(proto)
+    refill(copy.graph.output, (onnx.ValueInfoProto(name=name) for name in names))
+    return copy
