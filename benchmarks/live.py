@@ -1,7 +1,7 @@
 """Wall clock of the whole job on real models, each method in a process of its own, side by side.
 
     python -m benchmarks.live TASKS [--models NAME ...] [--sample 8] [--full NAME ...]
-        [--trials 20] [--trials-others 30] [--memory-limit-gb 8]
+        [--trials 20] [--trials-others 30] [--memory-limit-gb 8] [--methods NAME ...]
 
 TASKS holds what `python -m benchmarks.export_task` wrote. For each model:
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20, help="trials of quantune")
     parser.add_argument("--trials-others", type=int, default=30)
     parser.add_argument("--memory-limit-gb", type=float, default=8.0)
+    parser.add_argument("--methods", nargs="+", help="run these only, such as exhaustive; all")
     arguments = parser.parse_args()
     present = sorted(path.parent.name for path in arguments.tasks.glob("*/task.json"))
     for name in arguments.models or present:
@@ -74,6 +75,8 @@ def main() -> None:
         }
         steps |= {f"exhaustive {number}": user_step(task, str(number)) for number in order}
         for step, command in steps.items():
+            if arguments.methods and not step.startswith(tuple(arguments.methods)):
+                continue
             run_step(name, step, command, arguments.memory_limit_gb)
     write(RESULTS, arguments.tasks)
 
