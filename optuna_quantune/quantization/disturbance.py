@@ -4,12 +4,13 @@ An error changes nothing before its tensor. Each graph here begins at one of a f
 is computed before the cut as its inputs, and reaches to the outputs; behind the tensors between
 its cut and the next stands an addition whose second operand is an input, a single zero unless
 that tensor is disturbed. Weights stay constants, so that ONNX Runtime packs and fuses them as it
-does in the model itself. The error that a changed weight makes is known from the layer alone: one
-more graph computes every tensor, and the layers again with the changed weights.
+does in the model itself. The error that a changed weight makes is known from the layer alone:
+graphs of nothing but layers compute them again with the changed weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -26,6 +27,10 @@ from numpy.typing import NDArray
 from onnx import helper
 from onnx import TensorProto
 
+from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import reads
+from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.model import FloatModel
 
 
@@ -39,9 +44,7 @@ Insertion: TypeAlias = Callable[[str, str], list[onnx.NodeProto]]
 _CUTS: Final = 6
 # Nodes that a layer's error is carried through, to a tensor that is disturbed anyway: an addition
 # before them would keep ONNX Runtime from fusing them with the layer.
-_ACTIVATION_FUNCTIONS: Final = ("Relu", "Clip")
-_ONLY_WHAT_IS_ASKED: Final = onnxruntime.RunOptions()
-_ONLY_WHAT_IS_ASKED.only_execute_path_to_fetches = True
+_CARRYING: Final = ("Relu", "Clip", "Concat")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,6 @@ class DisturbableModel:
     Attributes:
         names: Names of the outputs of real numbers.
         kept: Names of the values that `run` needs.
-        size: Values of all disturbed tensors of one input, as far as their shapes are known.
     """
 
     def __init__(
@@ -82,9 +84,6 @@ class DisturbableModel:
     ) -> None:
         self.names = [spec.name for spec in model.outputs if spec.dtype.kind == "f"]
         changes = _changes(model, set(tensors))
-        self._changes = {
-            weight: [change for change in changes if change.weight == weight] for weight in weights
-        }
         disturbed = {*tensors, *(change.tensor for change in changes)}
         parts = [
             _Part.of(model, first, names, threads) for first, names in _cuts(model, disturbed)
@@ -92,37 +91,34 @@ class DisturbableModel:
         self._part_of = {tensor: part for part in parts for tensor in part.tensors}
         self._inputs = [spec.name for spec in model.inputs]
         begins = (name for part in parts for name in part.inputs)
-        read = (layer.input for layer in model.layers)
-        needed = dict.fromkeys([*self.names, *disturbed, *begins, *read])
-        sizes = _sizes(model)
-        self.size = sum(sizes.get(tensor, 1) for tensor in disturbed)
+        self._layers = _ChangedLayers(model, changes, weights, threads)
+        needed = dict.fromkeys([*self.names, *disturbed, *begins, *self._layers.inputs])
+        self._disturbed = disturbed
         self._needed = [name for name in needed if name not in self._inputs]
-        self._whole = _with_changed_layers(model, changes, weights, self._needed, threads)
+        self._whole = _with_outputs(model, self._needed, threads)
         self.kept = frozenset([*self.names, *(name for part in parts for name in part.inputs)])
 
-    def start(
-        self, feed: Values, weights: Iterable[str] = ()
-    ) -> tuple[Values, dict[str, list[Disturbance]]]:
-        """Runs an input undisturbed.
+    def start(self, feed: Values) -> Values:
+        """All tensors, inputs of layers and outputs by name, undisturbed.
 
         Args:
             feed: The input.
-            weights: Weights whose other values are tried.
-
-        Returns:
-            All tensors, inputs of layers and outputs by name, and for each of `weights` what its
-            other value changes in each layer that has it.
         """
-        changes = [change for weight in weights for change in self._changes[weight]]
-        names = [*self._needed, *(_changed(c.tensor, c.weight) for c in changes)]
-        results = self._whole.run(names, dict(feed), _ONLY_WHAT_IS_ASKED)
-        values = dict(feed) | dict(zip(names, results, strict=True))
-        errors: dict[str, list[Disturbance]] = {change.weight: [] for change in changes}
-        for change in changes:
-            after = values.pop(_changed(change.tensor, change.weight))
-            error = Disturbance(change.tensor, after - values[change.tensor])
-            errors[change.weight].append(error)
-        return values, errors
+        results = self._whole.run(self._needed, dict(feed))
+        return dict(feed) | dict(zip(self._needed, results, strict=True))
+
+    def size(self, values: Values) -> int:
+        """How many values all disturbed tensors of an undisturbed input have."""
+        return sum(values[tensor].size for tensor in self._disturbed)
+
+    def changes(self, weights: Iterable[str], values: Values) -> dict[str, list[Disturbance]]:
+        """What other values of weights change in each layer that has them, by weight.
+
+        Args:
+            weights: Names of weights.
+            values: Of the undisturbed input.
+        """
+        return self._layers.errors(tuple(weights), values)
 
     def run(self, disturbance: Disturbance, values: Values) -> list[NDArray[np.float32]]:
         """The outputs `names` when there is an error in one tensor.
@@ -141,7 +137,7 @@ class _Change:
     Attributes:
         weight: Name of the weight.
         tensor: Where the change is added.
-        nodes: The layer and the activation functions up to `tensor`.
+        nodes: The layer and the nodes that carry the error to `tensor`.
     """
 
     weight: str
@@ -150,19 +146,12 @@ class _Change:
 
 
 def _changes(model: FloatModel, tensors: set[str]) -> list[_Change]:
-    graph = model.proto.graph
-    writers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in _reads(node):
-            readers.setdefault(name, []).append(node)
-    kept = {value.name for value in graph.output}
+    view = GraphView(model.proto.graph)
     changes = []
     for layer in model.layers:
-        tensor, nodes = layer.output, [writers[layer.output]]
-        while tensor not in tensors | kept and len(readers.get(tensor, [])) == 1:
-            reader = readers[tensor][0]
-            if reader.op_type not in _ACTIVATION_FUNCTIONS:
+        tensor, nodes = layer.output, [view.writers[layer.output]]
+        while tensor not in tensors and (reader := view.sole_reader(tensor)) is not None:
+            if reader.op_type not in _CARRYING:
                 break
             tensor = reader.output[0]
             nodes.append(reader)
@@ -172,28 +161,106 @@ def _changes(model: FloatModel, tensors: set[str]) -> list[_Change]:
     return changes
 
 
-def _with_changed_layers(
-    model: FloatModel,
-    changes: Sequence[_Change],
-    weights: Mapping[str, NDArray[np.float32]],
-    outputs: Sequence[str],
-    threads: int | None,
+def _with_outputs(
+    model: FloatModel, outputs: Iterable[str], threads: int | None
 ) -> onnxruntime.InferenceSession:
-    """The model with more outputs, and with its layers once more."""
+    """The whole model with more outputs."""
     proto, _ = behind(model, 0, {}, [], declared=True)
-    graph = proto.graph
-    known = {value.name for value in graph.output}
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
-    for change in changes:
-        if change.weight not in weights:
-            continue
-        names = {name: _changed(name, change.weight) for n in change.nodes for name in n.output}
-        names[change.weight] = f"{change.weight}__changed"
-        graph.node.extend(_renamed(node, names, names) for node in change.nodes)
-        graph.output.append(onnx.ValueInfoProto(name=names[change.tensor]))
-    others = {f"{name}__changed": weight for name, weight in weights.items()}
-    graph.initializer.extend(_declare(name, value) for name, value in others.items())
-    return _session(proto, _declared(proto, model) | others, threads)
+    known = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in outputs if n not in known)
+    return _session(proto, _declared(proto, model), threads)
+
+
+class _ChangedLayers:
+    """Computes layers again with other weights, and nothing else of the model.
+
+    Weights that are asked for together share a graph: ONNX Runtime runs all of a graph, whatever
+    is asked of it.
+
+    Args:
+        model: The float model.
+        changes: All its layers.
+        weights: The other weights, by name.
+        threads: Threads that share one run; None is one for each core.
+
+    Attributes:
+        inputs: The activations that the layers read.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        changes: Sequence[_Change],
+        weights: Mapping[str, NDArray[np.float32]],
+        threads: int | None,
+    ) -> None:
+        self._model = model
+        self._changes = {w: [change for change in changes if change.weight == w] for w in weights}
+        self._weights = weights
+        self._threads = threads
+        graph = model.proto.graph
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._types = {value.name: value for value in (*graph.input, *graph.value_info)}
+        self.inputs = self._read(changes)
+        self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
+
+    def errors(self, weights: tuple[str, ...], values: Values) -> dict[str, list[Disturbance]]:
+        """What the other values of `weights` change in each layer that has them."""
+        changes = [change for weight in weights for change in self._changes[weight]]
+        errors: dict[str, list[Disturbance]] = {change.weight: [] for change in changes}
+        if not changes:
+            return errors
+        if weights not in self._sessions:
+            self._sessions[weights] = self._session(changes)
+        results = self._sessions[weights].run(
+            [_changed(change.tensor, change.weight) for change in changes],
+            {name: values[name] for name in self._read(changes)},
+        )
+        for change, after in zip(changes, results, strict=True):
+            errors[change.weight].append(Disturbance(change.tensor, after - values[change.tensor]))
+        return errors
+
+    def _read(self, changes: Iterable[_Change]) -> list[str]:
+        """The activations that are read from outside."""
+        read: dict[str, None] = {}
+        for change in changes:
+            written = {name for node in change.nodes for name in node.output}
+            names = (name for node in change.nodes for name in node.input)
+            outside = {*written, *self._constants, ""}
+            read |= {name: None for name in names if name not in outside}
+        return list(read)
+
+    def _session(self, changes: Sequence[_Change]) -> onnxruntime.InferenceSession:
+        nodes: list[onnx.NodeProto] = []
+        for change in changes:
+            written = {n: _changed(n, change.weight) for node in change.nodes for n in node.output}
+            nodes += [_renamed(node, written, written) for node in change.nodes]
+        values = self._model.weights | {w: self._weights[w] for w in {c.weight for c in changes}}
+        used = {name for node in nodes for name in node.input if name in self._constants}
+        graph = helper.make_graph(
+            nodes,
+            "layers",
+            [
+                self._types.get(name)
+                or helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+                for name in self._read(changes)
+            ],
+            [onnx.ValueInfoProto(name=_changed(c.tensor, c.weight)) for c in changes],
+            [
+                _declare(name, values[name]) if name in values else self._constants[name]
+                for name in sorted(used)
+            ],
+        )
+        source = self._model.proto
+        proto = helper.make_model(
+            graph, opset_imports=source.opset_import, ir_version=source.ir_version
+        )
+        declared = {name: values[name] for name in used if name in values}
+        return _session(proto, declared, self._threads)
+
+
+def _of_any_shape(tensor: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None)
 
 
 def _changed(tensor: str, weight: str) -> str:
@@ -251,20 +318,14 @@ class _Part:
         return outputs
 
 
-def _sizes(model: FloatModel) -> dict[str, int]:
-    graph = model.proto.graph
-    return {
-        value.name: int(np.prod([max(1, d.dim_value) for d in value.type.tensor_type.shape.dim]))
-        for value in (*graph.input, *graph.value_info, *graph.output)
-    }
-
-
 def _cuts(model: FloatModel, tensors: set[str]) -> list[tuple[int, tuple[str, ...]]]:
     """The first node of each part, and the tensors that are disturbed in it.
 
-    Additions cost more the larger their tensors are: each part has about as many values to add.
+    Whatever is disturbed in a part, all its additions are run, and they cost more the larger their
+    tensors are: the number of tensors times their values is shared out when their roots are.
     """
-    graph, sizes = model.proto.graph, _sizes(model)
+    graph = model.proto.graph
+    sizes = {n: math.prod(d or 1 for d in shape) for n, shape in tensor_shapes(graph).items()}
     written = [
         *((0, spec.name) for spec in model.inputs if spec.name in tensors),
         *(
@@ -274,9 +335,9 @@ def _cuts(model: FloatModel, tensors: set[str]) -> list[tuple[int, tuple[str, ..
             if name in tensors
         ),
     ]
-    size = np.array([sizes.get(name, 1) for _, name in written])
-    number_of_part = (np.cumsum(size) - size / 2.0) * _CUTS // size.sum()
-    read = {name: number for number, node in enumerate(graph.node) for name in _reads(node)}
+    root = np.sqrt([sizes.get(name, 1) for _, name in written])
+    number_of_part = (np.cumsum(root) - root / 2.0) * _CUTS // root.sum()
+    read = {name: number for number, node in enumerate(graph.node) for name in reads(node)}
     outputs = {value.name for value in graph.output}
     parts = []
     for part in np.unique(number_of_part):
@@ -314,7 +375,7 @@ def behind(
     constants = {tensor.name for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
     types = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
-    read = dict.fromkeys(name for node in nodes_behind for name in _reads(node))
+    read = dict.fromkeys(name for node in nodes_behind for name in reads(node))
     begins = tuple(n for n in read if n in types and n not in written | constants)
     # An output of the model keeps its name for what is read from outside.
     before = {t: f"{t}__before" if t in outputs else t for t in insertions}
@@ -325,7 +386,7 @@ def behind(
         for name in node.output:
             if name in insertions:
                 nodes.extend(insertions[name](before[name], after[name]))
-    used = {name for node in nodes for name in _reads(node)}
+    used = {name for node in nodes for name in reads(node)}
     proto = helper.make_model(
         helper.make_graph(
             nodes,
@@ -383,24 +444,13 @@ def _session(
 def _renamed(
     node: onnx.NodeProto, inputs: Mapping[str, str], outputs: Mapping[str, str]
 ) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
+    copy = copy_of(node)
     copy.name = ""
     for position, name in enumerate(copy.input):
         copy.input[position] = inputs.get(name, name)
     for position, name in enumerate(copy.output):
         copy.output[position] = outputs.get(name, name)
     return copy
-
-
-def _reads(node: onnx.NodeProto) -> list[str]:
-    """Names of the values that a node, or a graph within it, needs."""
-    names = list(node.input)
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            written = {name for inner in graph.node for name in inner.output}
-            names += [n for inner in graph.node for n in _reads(inner) if n not in written]
-    return names
 
 
 def _error(tensor: str) -> str:

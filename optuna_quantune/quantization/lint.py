@@ -26,12 +26,13 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization import QuantType
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import constant_values
 from optuna_quantune.quantization.integer_only import float_nodes
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import quantized_node
@@ -258,7 +259,7 @@ def live_weights(model: FloatModel) -> dict[str, NDArray[np.float32]]:
     behind its Relu. Folding a batch normalization whose gamma went to 0 leaves such channels, and
     nothing in training held the weights that read them.
     """
-    constants = _constants(model.proto)
+    constants = constant_values(model.proto.graph)
     activations = {n.output[0]: n for n in model.proto.graph.node if n.op_type in ("Relu", "Clip")}
     layers = {layer.output: layer for layer in model.layers if layer.op_type == "Conv"}
     live: dict[str, NDArray[np.float32]] = {}
@@ -349,7 +350,7 @@ class _QuantizedGraph:
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.proto = proto
-        self._constants = _constants(proto)
+        self._constants = constant_values(proto.graph)
         self._dequantizers = {
             node.output[0]: node for node in proto.graph.node if node.op_type == "DequantizeLinear"
         }
@@ -416,7 +417,7 @@ class _QuantizedGraph:
         return _QuantizedLayer(
             name=node.name or node.output[0],
             op_type=node.op_type,
-            groups=next((a.i for a in node.attribute if a.name == "group"), 1),
+            groups=attribute_of(node, "group", 1),
             input=data,
             weight=weight,
             bias=integers,
@@ -438,7 +439,7 @@ class _QuantizedGraph:
 
 
 def _lost_activations(graph: _QuantizedGraph, model: FloatModel) -> Iterator[Finding]:
-    constants = _constants(model.proto)
+    constants = constant_values(model.proto.graph)
     nodes = [node for node in graph.proto.graph.node if node.op_type in ("Relu", "Clip")]
     there = {node.name for node in nodes} | {name for node in nodes for name in node.output}
     lost: list[str] = []
@@ -647,14 +648,6 @@ def _optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
             reason = str(error).splitlines()[0]
             raise InputError(f"ONNX Runtime cannot load the quantized model ({reason})") from error
         return onnx.load(path)
-
-
-def _constants(proto: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    for node in proto.graph.node:  # where other tools put scales
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-    return found
 
 
 def _bounds(node: onnx.NodeProto, constants: dict[str, NDArray[Any]]) -> tuple[float, float]:

@@ -149,10 +149,11 @@ class NoiseModel:
     Args:
         quantizer: What builds the configurations.
         probe: What errors in `quantizer.model` do to its output.
-        closely: Whether errors that do not add up are simulated for every calibration size and
-            mixed precision, rather than for all calibration inputs and no float layers only. A
+        closely: Whether errors that do not add up are simulated for every scheme, clipping,
+            calibration size and mixed precision, rather than for the largest steps only. A
             simulation takes a few inferences: in a space of a hundred configurations that is
-            little, in one of a hundred thousand it would be thousands of simulations.
+            little; in one of a hundred thousand it would be hundreds of simulations, of
+            configurations that are far from the best.
     """
 
     def __init__(self, quantizer: Quantizer, probe: Probe, *, closely: bool = True) -> None:
@@ -165,6 +166,7 @@ class NoiseModel:
         self._output = statistics_sources(quantizer.model.proto.graph).get(output, output)
         self._activations: dict[QuantizationConfig, _Activations] = {}
         self._weights: dict[QuantizationConfig, Mapping[str, float]] = {}
+        self._layer_errors: dict[tuple[str, bytes, bytes], tuple[float, float]] = {}
         self._saturations: dict[QuantizationConfig, Saturation] = {}
         self._quantized: dict[
             tuple[tuple[str, ...], Fusion], tuple[tuple[str, ...], tuple[str, ...]]
@@ -208,7 +210,13 @@ class NoiseModel:
             zero_dead_weights=False,
         )
         if not self._closely:
-            key = replace(key, calibration_images=ALL_IMAGES, mixed_precision="none")
+            key = replace(
+                key,
+                calibration_images=ALL_IMAGES,
+                scheme="symmetric_power2",
+                clipping="max",
+                mixed_precision="none",
+            )
         if key not in self._saturations:
             self._saturations[key] = Saturation()  # of the prediction that is asked for here
             expected = self.predict_layers(key, self._quantizer.float_layers(key))
@@ -249,9 +257,8 @@ class NoiseModel:
             zero_dead_weights=False,
         )
         if key not in self._activations:
-            plan = self._quantizer.plan(key)
-            sites = self._quantizer.placement(plan.float_layers, key.fusion).activations
-            parameters = {site.statistics: plan.activations[site.tensor] for site in sites}
+            tensors, _ = self._quantized_tensors((), key.fusion)
+            parameters = {t: self._quantizer.activation_parameters(t, key) for t in tensors}
             errors = {
                 tensor: self._activation_error(tensor, p) for tensor, p in parameters.items()
             }
@@ -291,17 +298,27 @@ class NoiseModel:
         """Mean squared error of the output of each layer that `config` quantizes, by weight."""
         config = replace(config, equalization=self._quantizer.equalized)
         constants = self._quantizer.plan(config).constants
-        return {
-            name: layer_error(
+        errors = {}
+        for name, layer in self._layers.items():
+            if name in constants:
+                varying, shift = self._layer_error(layer, constants[name])
+                corrected = config.bias_correction and layer.bias is not None
+                errors[name] = varying if corrected else varying + shift
+        return errors
+
+    def _layer_error(
+        self, layer: Layer, parameters: QuantizationParameters
+    ) -> tuple[float, float]:
+        """`layer_error` of a layer, once for all configurations with these parameters."""
+        key = layer.name, parameters.scale.tobytes(), parameters.zero_point.tobytes()
+        if key not in self._layer_errors:
+            self._layer_errors[key] = layer_error(
                 layer,
-                self._quantizer.weight_error(layer, constants[name]).astype(np.float64),
+                self._quantizer.weight_error(layer, parameters),
                 self._probe.channel_mean[layer.name],
                 self._probe.channel_power[layer.name],
-                shifted=layer.bias is None or not config.bias_correction,
             )
-            for name, layer in self._layers.items()
-            if name in constants
-        }
+        return self._layer_errors[key]
 
 
 def _ends(parameters: QuantizationParameters) -> tuple[float, float]:
@@ -339,12 +356,10 @@ def quantization_error(
 
 def layer_error(
     layer: Layer,
-    weight_error: NDArray[np.float64],
+    weight_error: NDArray[np.float32],
     channel_mean: NDArray[np.float64],
     channel_power: NDArray[np.float64],
-    *,
-    shifted: bool = True,
-) -> float:
+) -> tuple[float, float]:
     """Mean squared error of a layer's output values when its weight is off by `weight_error`.
 
     An output value is off by the sum over its inputs of weight error times input. The varying part
@@ -356,21 +371,21 @@ def layer_error(
         weight_error: Of the shape of the weight.
         channel_mean: Mean of each input channel, shape (channels,).
         channel_power: Mean square of each input channel, shape (channels,).
-        shifted: Whether the shift of the channels is part of the error: a corrected bias takes it
-            away.
+
+    Returns:
+        The error about the shift of each channel, and that of the shifts, which a corrected bias
+        takes away.
     """
     grouped = _by_group(layer, weight_error)
     groups, _, inputs, _ = grouped.shape
-    mean = channel_mean.reshape(groups, 1, inputs)
-    variance = np.maximum(channel_power - channel_mean**2, 0.0).reshape(groups, 1, inputs)
-    varying = (np.square(grouped).sum(axis=3) * variance).sum(axis=2)
-    if not shifted:
-        return float(np.mean(varying))
-    shift = (grouped.sum(axis=3) * mean).sum(axis=2)
-    return float(np.mean(varying + np.square(shift)))
+    mean = channel_mean.reshape(groups, inputs, 1)
+    variance = np.maximum(channel_power - channel_mean**2, 0.0).reshape(groups, inputs, 1)
+    varying = np.einsum("goit,goit->goi", grouped, grouped) @ variance
+    shift = grouped.sum(axis=3) @ mean
+    return float(np.mean(varying)), float(np.mean(np.square(shift)))
 
 
-def _by_group(layer: Layer, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+def _by_group(layer: Layer, weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """A weight as (groups, output channels of a group, input channels of a group, taps)."""
     if layer.op_type == "Conv":
         outputs, inputs = weight.shape[:2]

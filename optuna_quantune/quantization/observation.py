@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.graph import with_outputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.session import make_session
 
@@ -204,10 +205,7 @@ def _fills_blocks(reorder: onnx.NodeProto) -> bool:
 
 def _optimized(model: FloatModel, tensors: Sequence[str]) -> onnx.ModelProto:
     """What ONNX Runtime makes of the model on this machine, with these activations as outputs."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors)
+    proto = with_outputs(model.proto, tensors)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         make_session(proto, threads=1, optimized=path)

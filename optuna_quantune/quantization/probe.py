@@ -109,23 +109,26 @@ def probe(
     disturbable = DisturbableModel(model, tensors, weights, threads=threads)
     queue = iter(inputs)
     feeds = list(islice(queue, _FEWEST_INPUTS))
-    values_a_run = disturbable.size
+    first = disturbable.start(feeds[0])
+    values_a_run = disturbable.size(first)
     runs = _VALUE_BUDGET // ((2 * len(tensors) + len(weights)) * values_a_run)
     feeds += islice(queue, max(0, min(PROBE_INPUTS, runs) - len(feeds)))
     repeats = int(np.clip(runs, 1, len(feeds)))
+    together = _joint_inputs(values_a_run)
+    joint = [*feeds, *islice(queue, max(0, together - len(feeds)))][:together]
     moments, outputs = _Moments(model.layers), _Outputs(disturbable)
     rounding, clipping, tail, single = _Gains(), _Gains(), _Gains(), _Gains()
     begun: list[tuple[list[str], Values]] = []
     for number, feed in enumerate(feeds):
-        turn = _due(list(weights), number, repeats, len(feeds))
-        values, changed = disturbable.start(feed, turn)
+        values = disturbable.start(feed) if number else first
         moments.add(values)
         outputs.add(values)
         chosen = _due(tensors, number, repeats, len(feeds))
         for tensor in chosen:
             error = Disturbance(tensor, _rounding_error(values[tensor], steps[tensor]))
             outputs.measure(error, values, rounding, tensor)
-        for weight, changes in changed.items():
+        turn = _due(list(weights), number, repeats, len(feeds))
+        for weight, changes in disturbable.changes(turn, values).items():
             for change in changes:
                 # What layers with the same weight do adds up.
                 outputs.measure(change, values, single, weight, power_in=1.0 / len(changes))
@@ -156,7 +159,7 @@ def probe(
         channel_mean=moments.mean(),
         channel_power=moments.power(),
         output_power=outputs.power,
-        joint=JointNoise(quantizer, feeds[: _joint_inputs(values_a_run)], threads=threads),
+        joint=JointNoise(quantizer, joint, threads=threads),
     )
 
 
@@ -220,7 +223,10 @@ def _lost(histogram: Histogram, low: float, high: float) -> float:
 
 
 def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float32]:
-    error: NDArray[np.float32] = np.rint(value / np.float32(step)) * np.float32(step) - value
+    error: NDArray[np.float32] = value / np.float32(step)
+    np.rint(error, out=error)
+    error *= np.float32(step)
+    error -= value
     return error
 
 
@@ -267,11 +273,10 @@ class _Outputs:
 
 def _scaling(change: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
     """Power of the part of `change` that shifts all values alike or scales them."""
-    change, reference = change.astype(np.float64), reference.astype(np.float64)
-    shift = float(np.mean(change))
+    shift = float(np.mean(change, dtype=np.float64))
     centered = reference - reference.mean()
-    spread = float(np.mean(np.square(centered)))
-    common = float(np.mean(change * centered))
+    spread = _power(centered)
+    common = float(np.vdot(change, centered)) / change.size
     return shift**2 + (common**2 / spread if spread > 0.0 else 0.0)
 
 
@@ -353,12 +358,14 @@ class _Moments:
 
     def add(self, values: Mapping[str, NDArray[np.float32]]) -> None:
         self._count += 1
+        found: dict[tuple[str, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         for layer in self._layers:
             value = values[layer.input]
             channel = 1 if layer.op_type in ("Conv", "ConvTranspose") else value.ndim - 1
-            rows = np.moveaxis(value, channel, 0).reshape(value.shape[channel], -1)
-            mean = rows.mean(axis=1).astype(np.float64)
-            power = np.einsum("ij,ij->i", rows, rows).astype(np.float64) / rows.shape[1]
+            read = (layer.input, channel)
+            if read not in found:
+                found[read] = _channel_moments(value, channel)
+            mean, power = found[read]
             before = self._sums.get(layer.name, (np.zeros_like(mean), np.zeros_like(mean)))
             self._sums[layer.name] = before[0] + mean, before[1] + power
 
@@ -367,3 +374,11 @@ class _Moments:
 
     def power(self) -> dict[str, NDArray[np.float64]]:
         return {name: sums[1] / self._count for name, sums in self._sums.items()}
+
+
+def _channel_moments(
+    value: NDArray[np.float32], channel: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    rows = np.moveaxis(value, channel, 0).reshape(value.shape[channel], -1)
+    power = np.einsum("ij,ij->i", rows, rows).astype(np.float64) / rows.shape[1]
+    return rows.mean(axis=1).astype(np.float64), power

@@ -24,6 +24,8 @@ from typing import Final
 import numpy as np
 import onnx
 
+from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.kernels import groups_of
 from optuna_quantune.quantization.kernels import MOST_GROUPS
 from optuna_quantune.quantization.model import FloatModel
@@ -174,8 +176,9 @@ class _Graph:
                 _time(node, model, sizes, "float"),
                 frozenset([*keys, written]),
             )
+        written_by = GraphView(proto).writers
         for output in proto.output:
-            writer = next((n for n in proto.node if output.name in n.output), None)
+            writer = written_by.get(output.name)
             if (
                 writer is not None
                 and writer.name in nodes
@@ -273,7 +276,5 @@ def _time(
 
 def _sizes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     """Shapes of activations for one input, without the batch axis; unknown sizes count as 1."""
-    return {
-        value.name: tuple(max(d.dim_value, 1) for d in value.type.tensor_type.shape.dim[1:])
-        for value in (*graph.input, *graph.output, *graph.value_info)
-    }
+    shapes = tensor_shapes(graph).items()
+    return {name: tuple(size or 1 for size in shape[1:]) for name, shape in shapes}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -75,7 +77,7 @@ def test_an_error_reaches_the_output_as_by_hand_from_every_tensor(
     rng = np.random.default_rng(1)
     x = rng.standard_normal((1, WIDTH)).astype(np.float32)
     model = DisturbableModel(residual_model, TENSORS, {})
-    values, _ = model.start({"x": x})
+    values = model.start({"x": x})
     np.testing.assert_allclose(values["y"], by_hand(x, weights), rtol=1e-5)
     kept = {name: values[name] for name in model.kept}
     for tensor in TENSORS:
@@ -93,7 +95,8 @@ def test_a_changed_weight_disturbs_as_the_model_with_that_weight_does(
         f"w{i}": (w + rng.normal(0, 0.1, w.shape)).astype("f4") for i, w in enumerate(weights)
     }
     model = DisturbableModel(residual_model, TENSORS, changed)
-    values, found = model.start({"x": x}, ["w0", "w5", "w7"])
+    values = model.start({"x": x})
+    found = model.changes(["w0", "w5", "w7"], values)
     assert list(found) == ["w0", "w5", "w7"]
     for name, disturbances in found.items():
         # Behind the Relu, where an error is added without keeping it from being fused.
@@ -101,3 +104,60 @@ def test_a_changed_weight_disturbs_as_the_model_with_that_weight_does(
         (output,) = model.run(disturbances[0], values)
         others = [changed[name] if f"w{i}" == name else w for i, w in enumerate(weights)]
         np.testing.assert_allclose(output, by_hand(x, others), rtol=1e-4)
+
+
+def test_a_changed_weight_before_a_concat_disturbs_the_part_that_it_writes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    left, right = (rng.standard_normal((6, 4)).astype(np.float32) for _ in range(2))
+    after = rng.standard_normal((8, 5)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "left"], ["l"], name="left"),
+        helper.make_node("MatMul", ["x", "right"], ["r"], name="right"),
+        helper.make_node("Relu", ["l"], ["l_relu"]),
+        helper.make_node("Relu", ["r"], ["r_relu"]),
+        helper.make_node("Concat", ["l_relu", "r_relu"], ["both"], axis=1),
+        helper.make_node("MatMul", ["both", "after"], ["y"], name="after"),
+    ]
+    constants = {"left": left, "right": right, "after": after}
+    graph = helper.make_graph(
+        nodes,
+        "branches",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 6])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 5])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(proto, tmp_path / "model.onnx")
+    changed = {"left": left * 1.5, "right": right * 0.5}
+    model = DisturbableModel(
+        load_float_model(tmp_path / "model.onnx"), ["x", "both", "y"], changed
+    )
+    x = rng.standard_normal((1, 6)).astype(np.float32)
+    # Asked for one by one or together, a weight changes the same.
+    values = model.start({"x": x})
+    alone = {name: model.changes([name], values)[name] for name in changed}
+    together = model.changes(list(changed), values)
+    branches = {name: np.maximum(x @ constants[name], 0.0) for name in changed}
+    for name, factor in (("left", 1.5), ("right", 0.5)):
+        scaled = branches | {name: branches[name] * factor}
+        expected = np.concatenate([scaled["left"], scaled["right"]], axis=1) @ after
+        for (disturbance,) in (alone[name], together[name]):
+            assert disturbance.tensor == "both"
+            (output,) = model.run(disturbance, values)
+            np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_size_counts_axes_that_the_model_leaves_open(tmp_path: Path) -> None:
+    weight = np.ones((6, 4), dtype=np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="layer")],
+        "sequence",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, "steps", 6])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, "steps", 4])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(proto, tmp_path / "model.onnx")
+    model = DisturbableModel(load_float_model(tmp_path / "model.onnx"), ["x", "y"], {})
+    values = model.start({"x": np.ones((1, 7, 6), dtype=np.float32)})
+    assert model.size(values) == 7 * 6 + 7 * 4

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -86,9 +87,8 @@ def test_error_of_a_layer_is_the_error_of_really_running_it(
     layer = Layer("layer", op_type, "x", "y", "w", None, axis, groups)
     mean = inputs.mean(axis=others, dtype=np.float64)
     power = np.square(inputs, dtype=np.float64).mean(axis=others)
-    whole = layer_error(layer, error.astype(np.float64), mean, power)
-    assert whole == pytest.approx(float(np.mean(np.square(outputs))), rel=0.03)
-    varying = layer_error(layer, error.astype(np.float64), mean, power, shifted=False)
+    varying, shift = layer_error(layer, error, mean, power)
+    assert varying + shift == pytest.approx(float(np.mean(np.square(outputs))), rel=0.03)
     assert varying == pytest.approx(float(np.mean(outputs.var(axis=others))), rel=0.03)
 
 
@@ -210,12 +210,17 @@ def test_a_prediction_does_not_depend_on_those_before_it(
     assert first == second[::-1]
 
 
-def test_a_large_space_shares_simulations_between_calibration_sizes(
+def test_a_large_space_simulates_the_largest_steps_only(
     quantizer: Quantizer, toy_probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("optuna_quantune.quantization.noise.ADDITIVE", 0.0)
-    configs = [QuantizationConfig(granularity="tensor", calibration_images=n) for n in (1, 32)]
+    configs = [
+        QuantizationConfig(granularity="tensor", scheme=scheme, clipping=clipping)
+        for scheme, clipping in itertools.product(get_args(Scheme), get_args(Clipping))
+    ]
     close, coarse = (NoiseModel(quantizer, toy_probe, closely=choice) for choice in (True, False))
-    found = [[model.predict(c).saturation for c in configs] for model in (close, coarse)]
-    assert found[0][0] != found[0][1]
-    assert found[1][0] == found[1][1]
+    closely = [close.predict(config).saturation for config in configs]
+    shared = [coarse.predict(config).saturation for config in configs]
+    largest = closely[configs.index(replace(configs[0], scheme="symmetric_power2"))]
+    assert len(set(closely)) > len(get_args(Scheme))
+    assert set(shared) == {largest}

@@ -217,3 +217,19 @@ def test_clipping_counts_as_scaling_as_far_as_a_line_explains_it(tmp_path: Path)
     share = np.mean(np.square(explained)) / np.mean(np.square(error))
     assert 0.1 < share < 0.999
     assert found.clipping_scaling["h"] == pytest.approx(share, rel=1e-3)
+
+
+def test_simulations_of_a_large_network_have_more_inputs_than_its_probes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optuna_quantune.quantization.probe._VALUE_BUDGET", 0)
+    inputs = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
+    identity = np.eye(4, dtype=np.float32)
+    queue, probed = iter(one_by_one(inputs, 32)), []
+    probe(
+        two_layers(tmp_path, identity, identity, inputs),
+        queue,
+        progress=lambda done, total: probed.append((done, total)),
+    )
+    assert probed[-1] == (4, 4)
+    assert len(list(queue)) == 32 - 8
