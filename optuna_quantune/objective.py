@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 from typing import Final
 
-import numpy as np
 import onnx
 import optuna
 import platformdirs
 from numpy.typing import NDArray
-from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import NopPruner
 from optuna.study import StudyDirection
@@ -29,6 +27,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import Trial
 from optuna.trial import TrialState
 
+from optuna_quantune.builder import Builder
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
 from optuna_quantune.evaluation.chosen_metric import Direction
@@ -60,21 +59,11 @@ from optuna_quantune.ladder import Ladder
 from optuna_quantune.ladder import RANKS
 from optuna_quantune.model_file import write_model
 from optuna_quantune.quantization.agreement import AgreementModel
-from optuna_quantune.quantization.bias_correction import BiasCorrection
-from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
-from optuna_quantune.quantization.equalization import equalize
-from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
-from optuna_quantune.quantization.noise import NoiseModel
-from optuna_quantune.quantization.placement import place
-from optuna_quantune.quantization.probe import probe
-from optuna_quantune.quantization.probe import PROBE_INPUTS
 from optuna_quantune.quantization.quantizer import QuantizedModel
 from optuna_quantune.quantization.quantizer import Quantizer
-from optuna_quantune.quantization.quantizer import required_activations
-from optuna_quantune.quantization.sensitivity import float_order
 from optuna_quantune.search.configurations import PRIOR_FEATURE
 from optuna_quantune.search.pruner import BAR_KEY
 from optuna_quantune.search.pruner import CORRECT_KEY
@@ -91,8 +80,6 @@ from optuna_quantune.target import Target
 DEFAULT_CACHE: Final = platformdirs.user_cache_dir("optuna-quantune")
 # User attribute of a study: what its values were measured on.
 TASK_KEY: Final = "task"
-# Configurations of a space up to which the noise model simulates closely.
-_SMALL_SPACE: Final = 1000
 # Half the width of the 95 % interval at which a trial ends, as a share and in inputs, whichever is
 # more. With it searches on the recorded tables found a winner within 0.1 points of the best, and
 # with 0.005 not always (benchmarks/results/racing).
@@ -232,8 +219,7 @@ class QuantizationObjective:
         if not precision > 0:
             raise InputError(f"precision: {precision} is not positive; for all inputs say exact")
         self._precision = None if exact else precision
-        self._cache = None if cache is None else Path(cache)
-        self._progress = progress or (lambda stage, done, total: None)
+        progress = progress or (lambda stage, done, total: None)
         self._evaluator = Evaluator(
             self.model.path,
             specs=specs,
@@ -244,13 +230,17 @@ class QuantizationObjective:
             providers=self.target.providers,
             threads=threads,
             batch_size=batch_size,
-            progress=self._progress,
+            progress=progress,
+        )
+        self._builder = Builder(
+            self.model,
+            self.calibration,
+            space=self.space,
+            target=self.target,
+            cache=None if cache is None else Path(cache),
+            progress=progress,
         )
         self._lock = threading.RLock()
-        # By the value of the knob `equalization`, which changes the float model and with it
-        # everything that is measured on it.
-        self._quantizers: dict[bool, Quantizer] = {}
-        self._noise_models: dict[bool, NoiseModel] = {}
 
     @property
     def metric(self) -> str:
@@ -277,8 +267,7 @@ class QuantizationObjective:
         with self._lock:
             self._evaluator.try_out(self.calibration)
             _ = self.float_evaluation
-            for equalized in self._choices("equalization", default=False):
-                self._noise(equalized=equalized)
+            self._builder.prepare()
 
     @property
     def float_evaluation(self) -> Evaluation:
@@ -292,52 +281,7 @@ class QuantizationObjective:
     @property
     def quantizer(self) -> Quantizer:
         """Builds configurations of the model without equalization; the first use calibrates."""
-        return self._quantizer(equalized=False)
-
-    def _quantizer(self, *, equalized: bool) -> Quantizer:
-        with self._lock:
-            if equalized not in self._quantizers:
-                model = equalize(self.model, self.calibration) if equalized else self.model
-                placements = [place(model)]
-                if "off" in self._choices("fusion", default="runtime"):
-                    placements.append(separate(placements[0], model.proto.graph))
-                statistics = calibrate(
-                    model,
-                    self.calibration,
-                    required_activations(*placements),
-                    sizes=self._calibration_sizes(),
-                    cache=self._cache,
-                    progress=lambda done, total: self._progress("calibration", done, total),
-                )
-                self._quantizers[equalized] = Quantizer(
-                    model,
-                    statistics,
-                    representation=self.target.representation,
-                    bias_correction=BiasCorrection(model, self.calibration),
-                    equalized=equalized,
-                    placement=placements[0],
-                )
-            return self._quantizers[equalized]
-
-    def _noise(self, *, equalized: bool) -> NoiseModel:
-        with self._lock:
-            if equalized not in self._noise_models:
-                quantizer = self._quantizer(equalized=equalized)
-                # The last ones: the first decide the ranges of small calibration sets.
-                last = np.arange(len(self.calibration))[::-1][:PROBE_INPUTS]
-                gains = probe(
-                    quantizer,
-                    self.calibration.batches(1, last),
-                    progress=lambda done, total: self._progress("probe", done, total),
-                )
-                noise = self._noise_models[equalized] = NoiseModel(
-                    quantizer, gains, closely=(self.space.size or np.inf) <= _SMALL_SPACE
-                )
-                whole = QuantizationConfig(bias_correction=True, equalization=equalized)
-                quantizer.float_order = float_order(
-                    quantizer.model, quantizer.placement(()), noise.predict(whole)
-                )
-            return self._noise_models[equalized]
+        return self._builder.quantizer(equalized=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -367,8 +311,7 @@ class QuantizationObjective:
             params: Parameters of a trial of `space`.
         """
         config = self.space.config(params)
-        with self._lock:
-            prediction = self._noise(equalized=config.equalization).predict(config)
+        prediction = self._builder.predict(config)
         features = prediction.features()
         prior = self.chosen_metric.sign * features["predicted_sqnr_db"]
         if self.chosen_metric.of_classes:
@@ -390,11 +333,7 @@ class QuantizationObjective:
         Raises:
             InputError: If the target cannot run it.
         """
-        self.target.check(config)
-        with self._lock:  # placements and ranges are shared between threads
-            if config.float_layers:
-                self._noise(equalized=config.equalization)  # what the order of layers rests on
-            return self._quantizer(equalized=config.equalization).quantize(config)
+        return self._builder.quantize(config)
 
     def evaluate(self, model: onnx.ModelProto | bytes | Path) -> Evaluation:
         """Measures a model, its bytes or a model file on the evaluation inputs."""
@@ -618,17 +557,6 @@ class QuantizationObjective:
                 f"study {study.study_name!r}: belongs to another model, other inputs, other "
                 "objectives, another metric or another target; give another study name"
             )
-
-    def _calibration_sizes(self) -> list[int | str]:
-        default = QuantizationConfig().calibration_images
-        return [default, *self._choices("calibration_images", default=default)]
-
-    def _choices(self, knob: str, *, default: Any) -> tuple[Any, ...]:
-        """The values that a knob can have in the space."""
-        distribution = self.space.get(knob)
-        if isinstance(distribution, CategoricalDistribution):
-            return distribution.choices
-        return (default,)
 
     def outputs(
         self, model: bytes | Path, inputs: InputSource, stage: str

@@ -1,0 +1,152 @@
+"""Builds the configurations of a search and predicts their noise, from one calibration for all."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from typing import Final
+
+import numpy as np
+from optuna.distributions import CategoricalDistribution
+
+from optuna_quantune.evaluation.dataset import InputSource
+from optuna_quantune.quantization.bias_correction import BiasCorrection
+from optuna_quantune.quantization.calibration import calibrate
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.equalization import equalize
+from optuna_quantune.quantization.fusion import separate
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.noise import NoiseModel
+from optuna_quantune.quantization.noise import NoisePrediction
+from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.probe import probe
+from optuna_quantune.quantization.probe import PROBE_INPUTS
+from optuna_quantune.quantization.quantizer import QuantizedModel
+from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.quantizer import required_activations
+from optuna_quantune.quantization.sensitivity import float_order
+from optuna_quantune.space import SearchSpace
+from optuna_quantune.target import Target
+
+
+# Configurations of a space up to which the noise model simulates closely.
+_SMALL_SPACE: Final = 1000
+
+
+class Builder:
+    """One float model with all that its configurations are built and predicted from.
+
+    What that takes (equalization, calibration, the probe for noise) is done on first use, once for
+    each value of the knob ``equalization``: it changes the float model and with it everything that
+    is measured on it. Threads can share one.
+
+    Args:
+        model: The float model.
+        calibration: Inputs that activation ranges are taken from, bound to the model's.
+        space: The search space: which calibration sizes there are, and whether fusion is a knob.
+        target: What the models are for.
+        cache: Folder where calibration statistics are kept for the next run; None keeps nothing.
+        progress: Called with the stage, the items done and the items in all.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        calibration: InputSource,
+        *,
+        space: SearchSpace,
+        target: Target,
+        cache: Path | None,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self._model = model
+        self._calibration = calibration
+        self._space = space
+        self._target = target
+        self._cache = cache
+        self._progress = progress
+        # Placements and ranges are shared between threads.
+        self._lock = threading.RLock()
+        self._quantizers: dict[bool, Quantizer] = {}
+        self._noise_models: dict[bool, NoiseModel] = {}
+
+    def prepare(self) -> None:
+        """Does what all configurations of the space share."""
+        for equalized in self._choices("equalization", default=False):
+            self._noise(equalized=equalized)
+
+    def quantize(self, config: QuantizationConfig) -> QuantizedModel:
+        """Builds the int8 model of a configuration.
+
+        Raises:
+            InputError: If the target cannot run it.
+        """
+        self._target.check(config)
+        with self._lock:
+            if config.float_layers:
+                self._noise(equalized=config.equalization)  # what the order of layers rests on
+            return self.quantizer(equalized=config.equalization).quantize(config)
+
+    def predict(self, config: QuantizationConfig) -> NoisePrediction:
+        """The noise of a configuration, before it is built."""
+        with self._lock:
+            return self._noise(equalized=config.equalization).predict(config)
+
+    def quantizer(self, *, equalized: bool) -> Quantizer:
+        """Builds configurations with or without equalization; the first use calibrates."""
+        with self._lock:
+            if equalized not in self._quantizers:
+                self._quantizers[equalized] = self._make_quantizer(equalized=equalized)
+            return self._quantizers[equalized]
+
+    def _make_quantizer(self, *, equalized: bool) -> Quantizer:
+        model = equalize(self._model, self._calibration) if equalized else self._model
+        placements = [place(model)]
+        if "off" in self._choices("fusion", default="runtime"):
+            placements.append(separate(placements[0], model.proto.graph))
+        default = QuantizationConfig().calibration_images
+        statistics = calibrate(
+            model,
+            self._calibration,
+            required_activations(*placements),
+            sizes=[default, *self._choices("calibration_images", default=default)],
+            cache=self._cache,
+            progress=lambda done, total: self._progress("calibration", done, total),
+        )
+        return Quantizer(
+            model,
+            statistics,
+            representation=self._target.representation,
+            bias_correction=BiasCorrection(model, self._calibration),
+            equalized=equalized,
+            placement=placements[0],
+        )
+
+    def _noise(self, *, equalized: bool) -> NoiseModel:
+        with self._lock:
+            if equalized not in self._noise_models:
+                quantizer = self.quantizer(equalized=equalized)
+                # The last ones: the first decide the ranges of small calibration sets.
+                last = np.arange(len(self._calibration))[::-1][:PROBE_INPUTS]
+                gains = probe(
+                    quantizer,
+                    self._calibration.batches(1, last),
+                    progress=lambda done, total: self._progress("probe", done, total),
+                )
+                noise = self._noise_models[equalized] = NoiseModel(
+                    quantizer, gains, closely=(self._space.size or np.inf) <= _SMALL_SPACE
+                )
+                whole = QuantizationConfig(bias_correction=True, equalization=equalized)
+                quantizer.float_order = float_order(
+                    quantizer.model, quantizer.placement(()), noise.predict(whole)
+                )
+            return self._noise_models[equalized]
+
+    def _choices(self, knob: str, *, default: Any) -> tuple[Any, ...]:
+        """The values that a knob can have in the space."""
+        distribution = self._space.get(knob)
+        if isinstance(distribution, CategoricalDistribution):
+            return distribution.choices
+        return (default,)
