@@ -110,7 +110,7 @@ def run_step(model: str, step: str, command: list[str], memory_limit_gb: float) 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    print(model, step, {k: v for k, v in outcome.items() if not isinstance(v, list | dict)})
+    print(model, step, {k: v for k, v in outcome.items() if isinstance(v, int | float)})
 
 
 def known_steps(path: Path) -> list[dict[str, Any]]:
