@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.sampler_parallel [--seeds 10]
 
-Synthetic tables (`benchmarks.synthetic_tables`). Four trials are always running: whenever the
+Synthetic tables (`benchmarks.synthetic_tables`), where the sampler knows nothing beforehand, and
+the recorded ones, where it knows what is predicted. Four trials are always running: whenever the
 oldest ends, the next is asked for, as four equal workers would. Regret is counted after as many
 finished trials as the search with one worker has. The n-th trial to finish was chosen when at most
 n - 4 values were known, where one worker knows n - 1; the last line of the result says how many
@@ -14,7 +15,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -22,72 +27,142 @@ import pandas as pd
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
+from optuna.samplers import BaseSampler
 from optuna.trial import Trial
 
 from benchmarks import machine
-from benchmarks.synthetic_tables import FAMILIES
-from benchmarks.synthetic_tables import Table
+from benchmarks import synthetic_tables
+from benchmarks import tables
+from benchmarks.replay import exact_values
+from benchmarks.replay import make
 from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.space import SearchSpace
 
 
 RESULTS = Path(__file__).parent / "results" / "sampler_parallel"
 BUDGETS = (10, 15, 25)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A table to search.
+
+    Attributes:
+        kind: What is known beforehand.
+        name: Which one of its kind.
+        space: Its knobs.
+        sampler: The sampler.
+        value: What a configuration is worth, to be maximized.
+        best: The value of the best one.
+        worst: The value of the worst one.
+    """
+
+    kind: str
+    name: str
+    space: Mapping[str, BaseDistribution]
+    sampler: BaseSampler
+    value: Callable[[Mapping[str, Any]], float]
+    best: float
+    worst: float
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10, help="tables of each family")
+    parser.add_argument(
+        "--seeds", type=int, default=10, help="tables of a family, runs of a table"
+    )
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rows = []
-    for family, make in FAMILIES.items():
-        for seed in range(arguments.seeds):
-            for n_workers in (1, 4):
-                regret, n_repeated = search(make(seed), n_workers, seed)
-                rows += [
-                    {"family": family, "seed": seed, "workers": n_workers, "trials": 1 + n}
-                    | {"regret": regret[n], "repeated": n_repeated}
-                    for n in range(max(BUDGETS))
-                ]
-        print(family, flush=True)
+    for make_problem, names in (
+        (synthetic, tuple(synthetic_tables.FAMILIES)),
+        (recorded, tables.complete()),
+    ):
+        for name in names:
+            for seed in range(arguments.seeds):
+                for n_workers in (1, 4):
+                    problem = make_problem(name, seed)
+                    regret, n_repeated = search(problem, n_workers)
+                    rows += [
+                        {"tables": problem.kind, "name": name, "seed": seed, "workers": n_workers}
+                        | {"trials": 1 + n, "regret": regret[n], "repeated": n_repeated}
+                        for n in range(max(BUDGETS))
+                    ]
+            print(name, flush=True)
     write(pd.DataFrame(rows))
 
 
-def search(table: Table, n_workers: int, seed: int) -> tuple[NDArray[np.float64], int]:
+def synthetic(family: str, seed: int) -> Problem:
+    """A made-up table, of which the sampler knows nothing."""
+    table = synthetic_tables.FAMILIES[family](seed)
+    space = {f"k{i}": CategoricalDistribution(range(n)) for i, n in enumerate(table.shape)}
+
+    def value(params: Mapping[str, Any]) -> float:
+        index = np.ravel_multi_index(tuple(params[name] for name in space), table.shape)
+        return -float(table.regret[index])
+
+    sampler = QuantuneSampler(space, seed=seed)
+    return Problem("synthetic, cold", family, space, sampler, value, 0.0, -1.0)
+
+
+def recorded(name: str, seed: int) -> Problem:
+    """A recorded table, of which the sampler knows the predicted noise."""
+    table = tables.load(name)
+    values = exact_values(table)
+    space = SearchSpace.preset("quantune")
+
+    def value(params: Mapping[str, Any]) -> float:
+        return float(values[table.key(dict(params))])
+
+    sampler = make("quantune+features", space, table, seed)
+    best, worst = float(values.max()), float(values.min())
+    return Problem("recorded, with features", name, space, sampler, value, best, worst)
+
+
+def search(problem: Problem, n_workers: int) -> tuple[NDArray[np.float64], int]:
     """The least regret after each finished trial, and how many trials repeated another."""
-    space: dict[str, BaseDistribution] = {
-        f"k{i}": CategoricalDistribution(range(n)) for i, n in enumerate(table.shape)
-    }
-    study = optuna.create_study(sampler=QuantuneSampler(space, seed=seed))
+    study = optuna.create_study(direction="maximize", sampler=problem.sampler)
     running: deque[Trial] = deque()
     found: list[float] = []
     while len(found) < max(BUDGETS):
         while len(running) < n_workers:
-            running.append(study.ask(space))
+            running.append(study.ask(dict(problem.space)))
         trial = running.popleft()
-        index = np.ravel_multi_index(tuple(trial.params[name] for name in space), table.shape)
-        found.append(float(table.regret[index]))
+        found.append(problem.value(trial.params))
         study.tell(trial, found[-1])
     asked = [tuple(trial.params.values()) for trial in study.trials]
-    return np.minimum.accumulate(found), len(asked) - len(set(asked))
+    best_so_far = np.maximum.accumulate(found)
+    regret = (problem.best - best_so_far) / (problem.best - problem.worst)
+    return regret, len(asked) - len(set(asked))
 
 
 def write(frame: pd.DataFrame) -> None:
     """Mean regret by number of workers as CSV and Markdown."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     frame.to_csv(RESULTS / "runs.csv", index=False, float_format="%.6g")
-    groups = frame.groupby(["workers", "trials"])["regret"]
-    mean, error = groups.mean().unstack(), groups.sem().unstack()
     lines = [
         "# Four workers against one",
         "",
         f"{machine.as_markdown(machine.describe())}.",
         "",
-        f"`python -m benchmarks.sampler_parallel {' '.join(sys.argv[1:])}`: "
-        f"{frame.family.nunique()} families of tables, {frame.seed.nunique()} tables each. "
+        f"`python -m benchmarks.sampler_parallel {' '.join(sys.argv[1:])}`. "
         f"Configurations asked for twice: {frame[frame.trials == 1].repeated.sum()}.",
-        "",
         "Mean normalised regret after as many finished trials, with its standard error.",
+        "",
+    ]
+    for kind, group in frame.groupby("tables", sort=False):
+        lines += section(str(kind), group)
+    (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def section(kind: str, frame: pd.DataFrame) -> list[str]:
+    """One and four workers on tables of one kind."""
+    groups = frame.groupby(["workers", "trials"])["regret"]
+    mean, error = groups.mean().unstack(), groups.sem().unstack()
+    lines = [
+        f"## Tables: {kind}",
+        "",
+        f"{frame['name'].nunique()} of them, {frame.seed.nunique()} seeds each.",
         "",
         "| workers | " + " | ".join(f"{b} trials" for b in BUDGETS) + " |",
         "| ---: |" + " ---: |" * len(BUDGETS),
@@ -95,7 +170,7 @@ def write(frame: pd.DataFrame) -> None:
     for n_workers in mean.index:
         cells = [f"{mean.loc[n_workers, b]:.4f} ± {error.loc[n_workers, b]:.4f}" for b in BUDGETS]
         lines.append(f"| {n_workers} | " + " | ".join(cells) + " |")
-    paired = frame.pivot(index=["family", "seed"], columns=["trials", "workers"], values="regret")
+    paired = frame.pivot(index=["name", "seed"], columns=["trials", "workers"], values="regret")
     more = {b: paired[b][4] - paired[b][1] for b in BUDGETS}
     cells = [f"{more[b].mean():+.4f} ± {more[b].sem():.4f}" for b in BUDGETS]
     lines.append("| difference, paired | " + " | ".join(cells) + " |")
@@ -103,7 +178,7 @@ def write(frame: pd.DataFrame) -> None:
     lines.append("| ratio | " + " | ".join(cells) + " |")
     cells = [f"{_equal_trials(mean.loc[1], mean.loc[4, b]):.1f}" for b in BUDGETS]
     lines.append("| as much as one worker after | " + " | ".join(cells) + " |")
-    (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
+    return [*lines, ""]
 
 
 def _equal_trials(curve: pd.Series[float], regret: float) -> float:

@@ -123,8 +123,8 @@ class BiasCorrection:
         names = [_mean(layer) for layer in self._layers]
         sums = [np.zeros(1)] * len(names)
         number = min(CORRECTION_INPUTS, len(self._inputs))
-        dynamic = all(spec.shape and spec.shape[0] is None for spec in self._model.inputs)
-        for feed in self._inputs.batches(_BATCH if dynamic else 1, np.arange(number)):
+        batch = _BATCH if self._model.takes_batches else 1
+        for feed in self._inputs.batches(batch, np.arange(number)):
             size = len(next(iter(feed.values())))
             means = session.run(names, feed)
             sums = [total + size * mean for total, mean in zip(sums, means, strict=True)]

@@ -252,9 +252,8 @@ def _reach(
         return reach
     session = make_session(_with_channel_maxima(model, layers))
     names = [_maximum(layer) for layer in layers]
-    dynamic = all(spec.shape and spec.shape[0] is None for spec in model.inputs)
     first = np.arange(min(EQUALIZATION_INPUTS, len(inputs)))
-    for feed in inputs.batches(_BATCH if dynamic else 1, first):
+    for feed in inputs.batches(_BATCH if model.takes_batches else 1, first):
         for layer, maxima in zip(layers, session.run(names, feed), strict=True):
             of_batch = maxima.reshape(len(maxima), -1).max(axis=0)
             np.maximum.at(reach, links.read[layer.name], of_batch)

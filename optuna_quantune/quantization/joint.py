@@ -35,6 +35,8 @@ from optuna_quantune.quantization.session import make_session
 
 # Beyond it no prediction survives: what is left of the signal cannot be told from none.
 _SILENT: Final = 1e4
+# Inputs that are run at once where the model takes batches.
+_BATCH: Final = 16
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class JointNoise:
         self._threads = threads
         self._quantizer = quantizer
         self._model = quantizer.model
-        self._inputs = inputs
+        self._feeds = _in_batches(inputs) if self._model.takes_batches else inputs
         self._names = [s.name for s in self._model.outputs if s.dtype.kind == "f"]
         self._sessions: dict[frozenset[str], onnxruntime.InferenceSession] = {}
         self._known: dict[tuple[bytes, ...], JointError] = {}
@@ -106,17 +108,25 @@ class JointNoise:
                 limits = p.lowest - p.zero_point, p.highest - p.zero_point
                 for name, value in zip(_parameters(tensor), (p.scale, *limits), strict=True):
                     parameters[name] = np.asarray(value, dtype=np.float32)
-            session = self._session(frozenset(activations))
-            self._known[key] = joint_error(
-                [session.run(self._names, dict(feed) | parameters) for feed in self._inputs],
-                self._float_outputs,
-            )
+            outputs = self._outputs(frozenset(activations), parameters)
+            self._known[key] = joint_error(outputs, self._float_outputs)
         return self._known[key]
 
     @cached_property
     def _float_outputs(self) -> list[list[NDArray[np.float32]]]:
-        session = self._session(frozenset())
-        return [session.run(self._names, dict(feed)) for feed in self._inputs]
+        return self._outputs(frozenset(), {})
+
+    def _outputs(
+        self, tensors: frozenset[str], parameters: Mapping[str, NDArray[Any]]
+    ) -> list[list[NDArray[np.float32]]]:
+        """For each input the outputs; in batches, as weights are packed anew for each run."""
+        session = self._session(tensors)
+        outputs = []
+        for feed in self._feeds:
+            batches = session.run(self._names, {**feed, **parameters})
+            size = len(next(iter(feed.values()))) if self._model.takes_batches else 1
+            outputs += [[batch[n : n + 1] for batch in batches] for n in range(size)]
+        return outputs
 
     def _session(self, tensors: frozenset[str]) -> onnxruntime.InferenceSession:
         """The model with weights as inputs, and rounding behind `tensors`."""
@@ -163,6 +173,11 @@ def joint_error(
     silent = gain <= 0.0 or left > _SILENT * gain**2 * power
     confusion = _SILENT if silent else left / (gain**2 * power)
     return JointError(float(np.mean(ratios)), confusion, gain)
+
+
+def _in_batches(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, NDArray[Any]]]:
+    parts = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
+    return [{n: np.concatenate([feed[n] for feed in part]) for n in part[0]} for part in parts]
 
 
 def _centered(values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -83,6 +83,11 @@ class FloatModel:
     layers: tuple[Layer, ...]
     weights: dict[str, NDArray[np.float32]]
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether the first axis of every input is free, so that several can be run at once."""
+        return all(spec.shape and spec.shape[0] is None for spec in self.inputs)
+
 
 def load_float_model(path: str | Path) -> FloatModel:
     """Reads, checks and prepares a float ONNX model.
