@@ -28,6 +28,7 @@ def two_layers(
     first: NDArray[np.float32],
     second: NDArray[np.float32],
     inputs: NDArray[np.float32],
+    batch: str | int = "n",
 ) -> Quantizer:
     nodes = [
         helper.make_node("MatMul", ["x", "first"], ["h"], name="first"),
@@ -36,8 +37,8 @@ def two_layers(
     graph = helper.make_graph(
         nodes,
         "linear",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", len(first)])],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", second.shape[1]])],
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [batch, len(first)])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [batch, second.shape[1]])],
         [numpy_helper.from_array(first, "first"), numpy_helper.from_array(second, "second")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
@@ -91,13 +92,16 @@ def test_noise_of_a_weight_is_that_of_running_the_model_with_it(tmp_path: Path) 
         assert found.weight_noise[weight] == pytest.approx(np.mean(np.square(error)), rel=1e-3)
 
 
-def test_weights_that_drown_the_signal_are_measured_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", ["n", 1])
+def test_weights_that_drown_the_signal_are_measured_together(
+    tmp_path: Path, batch: str | int
+) -> None:
     rng = np.random.default_rng(0)
     spread = np.exp(4.0 * rng.standard_normal(30)).astype(np.float32)
     first = rng.standard_normal((40, 30)).astype(np.float32) * spread
     second = rng.standard_normal((30, 20)).astype(np.float32) / spread[:, None]
     inputs = rng.standard_normal((64, 40)).astype(np.float32)
-    quantizer = two_layers(tmp_path, first, second, inputs)
+    quantizer = two_layers(tmp_path, first, second, inputs, batch)
     joint = JointNoise(quantizer, one_by_one(inputs, 8))
     config = QuantizationConfig(granularity="tensor", scheme="symmetric")
     constants = quantizer.plan(config).constants
