@@ -1,7 +1,7 @@
 """Compares samplers on the recorded tables.
 
     python -m benchmarks.compare [--samplers NAME ...] [--tables NAME ...] [--seeds 10]
-        [--refresh NAME ...] [--quick]
+        [--refresh NAME ...] [--quick] [--report]
 
 Every sampler runs on every table with every seed (`benchmarks.replay` has the rules). Runs are
 kept in `benchmarks/results/compare/runs.csv`, so that an interrupted comparison goes on and only
@@ -15,8 +15,9 @@ has changed. From the runs follow, in `benchmarks/results/compare/`:
 - repeats, and what the sampler itself takes for a trial;
 - ranks with a critical-difference diagram, and paired tests.
 
-`--quick` makes the runs of the fast samplers anew with two seeds, in at most two minutes, and
-writes their ranking beside the committed one into `quick.md`.
+`--report` writes these from the runs that there are, and makes none. `--quick` makes the runs of
+the fast samplers anew with two seeds, in at most two minutes, and writes their ranking beside the
+committed one into `quick.md`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--refresh", nargs="+", default=(), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="two minutes, fast samplers only")
+    parser.add_argument("--report", action="store_true", help="only of the runs that there are")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     loaded = {name: tables.load(name) for name in arguments.tables or tables.complete()}
@@ -84,7 +86,7 @@ def main() -> None:
         return
     known = [run for run in known if run.sampler not in arguments.refresh]
     stored.write(RESULTS / "runs.csv", known)
-    for seed in range(arguments.seeds):
+    for seed in () if arguments.report else range(arguments.seeds):
         known += missing_runs(loaded, arguments.samplers, seed, known)
     stored.write(RESULTS / "runs.csv", known)
     write(loaded, [score(loaded[run.table], run) for run in known], RESULTS)
