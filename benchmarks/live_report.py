@@ -219,8 +219,7 @@ def exhaustive(steps: dict[str, dict[str, Any]]) -> Exhaustive | None:
 def best_selected(task: Task, steps: dict[str, dict[str, Any]]) -> Best:
     """The best on the selecting inputs: of the recorded table, else of what was run."""
     if task.name in tables.complete():
-        table = tables.load(task.name)
-        correct = [table.correct(row)[task.selected] for row in range(len(table.rows))]
+        correct = tables.load(task.name).all_correct[:, task.selected]
         winner = max(correct, key=lambda bits: float(bits.mean()))
         return Best(float(winner.mean()), winner)
     values = [t["value"] for s in steps.values() for t in s.get("trials", ())]

@@ -131,7 +131,7 @@ def exact_values(table: Table) -> NDArray[np.float64]:
 
 def halves(table: Table, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Accuracy of every configuration on a random half of the inputs, and on the other half."""
-    correct = np.stack([table.correct(row) for row in range(len(table.rows))])
+    correct = table.all_correct
     order = np.random.default_rng(seed).permutation(correct.shape[1])
     middle = len(order) // 2
     return correct[:, order[:middle]].mean(axis=1), correct[:, order[middle:]].mean(axis=1)

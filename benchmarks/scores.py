@@ -132,7 +132,7 @@ def among_the_best(table: Table, row: int) -> float:
     best (Hsu, *Constrained simultaneous confidence intervals for multiple comparisons with the
     best*, Annals of Statistics 12(3), 1984), its distribution by resampling the inputs.
     """
-    correct = np.stack([table.correct(r) for r in range(len(table.rows))]).astype(np.float64)
+    correct = table.all_correct.astype(np.float64)
     lead = correct - correct[row]
     lead = lead[np.any(lead != 0, axis=1)]
     n = lead.shape[1]

@@ -83,7 +83,7 @@ def main() -> None:
 def replay(table: tables.Table, seeds: int) -> Iterator[dict[str, object]]:
     """One row for each seed, number of configurations and way of reporting, in points."""
     n = int(table.float_model["inputs"])
-    correct = np.stack([table.correct(row) for row in range(len(table.rows))])
+    correct = table.all_correct
     agrees = np.stack([unpack(bits, n) for bits in table.rows["agrees"]])
     float_correct = unpack(table.float_model["correct"], n)
     for seed in range(seeds):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from typing import Final
@@ -12,6 +11,7 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution
 
 from optuna_quantune.evaluation.dataset import InputSource
+from optuna_quantune.evaluation.evaluator import Progress
 from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
@@ -59,7 +59,7 @@ class Builder:
         space: SearchSpace,
         target: Target,
         cache: Path | None,
-        progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         self._model = model
         self._calibration = calibration

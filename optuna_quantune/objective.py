@@ -204,7 +204,7 @@ class QuantizationObjective:
         if evaluation is None and evaluate is None:
             raise InputError("evaluation: give inputs, or a function of your own as evaluate")
         # A loop brings its own inputs; one input is needed all the same to measure latency.
-        self.compares_outputs = evaluation is not None
+        compares_outputs = evaluation is not None
         self.evaluation = (evaluation or calibration.subset([0])).bind(specs)
         self.chosen_metric = ChosenMetric.of(
             metric, evaluate, direction, labels=self.evaluation.labels is not None
@@ -226,7 +226,7 @@ class QuantizationObjective:
             output_names=[spec.name for spec in self.model.outputs],
             inputs=self.evaluation,
             metric=self.chosen_metric,
-            compares_outputs=self.compares_outputs,
+            compares_outputs=compares_outputs,
             providers=self.target.providers,
             threads=threads,
             batch_size=batch_size,

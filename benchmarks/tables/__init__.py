@@ -43,6 +43,11 @@ class Table:
         """Which inputs a configuration classifies rightly, shape (inputs,)."""
         return unpack(self.rows["correct"][row], self.float_model["inputs"])
 
+    @cached_property
+    def all_correct(self) -> NDArray[np.bool_]:
+        """`correct` of all configurations, shape (configurations, inputs)."""
+        return np.stack([self.correct(row) for row in range(len(self.rows))])
+
     def classes(self, row: int) -> NDArray[np.int64]:
         """What a configuration predicts for each input, shape (inputs,)."""
         changed = self.predictions[f"class_{row:02}"].to_numpy(np.int64)

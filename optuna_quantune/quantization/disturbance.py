@@ -32,6 +32,7 @@ from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.session import make_session
 
 
 # Values of an input by name.
@@ -168,7 +169,7 @@ def _with_outputs(
     proto, _ = behind(model, 0, {}, [], declared=True)
     known = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in outputs if n not in known)
-    return _session(proto, _declared(proto, model), threads)
+    return make_session(proto, threads=threads, weights=_declared(proto, model.weights))
 
 
 class _ChangedLayers:
@@ -199,7 +200,7 @@ class _ChangedLayers:
         self._weights = weights
         self._threads = threads
         graph = model.proto.graph
-        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._constants = {tensor.name for tensor in graph.initializer}
         self._types = {value.name: value for value in (*graph.input, *graph.value_info)}
         self.inputs = self._read(changes)
         self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
@@ -214,7 +215,7 @@ class _ChangedLayers:
             self._sessions[weights] = self._session(changes)
         results = self._sessions[weights].run(
             [_changed(change.tensor, change.weight) for change in changes],
-            {name: values[name] for name in self._read(changes)},
+            {i.name: values[i.name] for i in self._sessions[weights].get_inputs()},
         )
         for change, after in zip(changes, results, strict=True):
             errors[change.weight].append(Disturbance(change.tensor, after - values[change.tensor]))
@@ -235,28 +236,15 @@ class _ChangedLayers:
         for change in changes:
             written = {n: _changed(n, change.weight) for node in change.nodes for n in node.output}
             nodes += [_renamed(node, written, written) for node in change.nodes]
-        values = self._model.weights | {w: self._weights[w] for w in {c.weight for c in changes}}
-        used = {name for node in nodes for name in node.input if name in self._constants}
-        graph = helper.make_graph(
+        values = self._model.weights | {c.weight: self._weights[c.weight] for c in changes}
+        proto = _assemble(
+            self._model,
             nodes,
-            "layers",
-            [
-                self._types.get(name)
-                or helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-                for name in self._read(changes)
-            ],
+            [self._types.get(name) or _of_any_shape(name) for name in self._read(changes)],
             [onnx.ValueInfoProto(name=_changed(c.tensor, c.weight)) for c in changes],
-            [
-                _declare(name, values[name]) if name in values else self._constants[name]
-                for name in sorted(used)
-            ],
+            values,
         )
-        source = self._model.proto
-        proto = helper.make_model(
-            graph, opset_imports=source.opset_import, ir_version=source.ir_version
-        )
-        declared = {name: values[name] for name in used if name in values}
-        return _session(proto, declared, self._threads)
+        return make_session(proto, threads=self._threads, weights=_declared(proto, values))
 
 
 def _of_any_shape(tensor: str) -> onnx.ValueInfoProto:
@@ -304,7 +292,7 @@ class _Part:
             [helper.make_tensor_value_info(_error(t), TensorProto.FLOAT, None) for t in added],
             declared=True,
         )
-        session = _session(proto, _declared(proto, model), threads)
+        session = make_session(proto, threads=threads, weights=_declared(proto, model.weights))
         return cls(session, begins, tuple(tensors), added)
 
     def run(
@@ -386,31 +374,42 @@ def behind(
         for name in node.output:
             if name in insertions:
                 nodes.extend(insertions[name](before[name], after[name]))
-    used = {name for node in nodes for name in reads(node)}
-    proto = helper.make_model(
-        helper.make_graph(
-            nodes,
-            graph.name,
-            [*(types[name] for name in begins), *inputs],
-            [value for value in graph.output if value.name in written],
-            [
-                _declare(t.name, model.weights[t.name])
-                if declared and t.name in model.weights
-                else t
-                for t in graph.initializer
-                if t.name in used
-            ],
-        ),
-        opset_imports=source.opset_import,
-        ir_version=source.ir_version,
+    proto = _assemble(
+        model,
+        nodes,
+        [*(types[name] for name in begins), *inputs],
+        [value for value in graph.output if value.name in written],
+        model.weights if declared else {},
     )
     return proto, begins
 
 
-def _declared(proto: onnx.ModelProto, model: FloatModel) -> dict[str, NDArray[np.float32]]:
-    """The values of what `behind` declared in `proto`."""
-    names = [tensor.name for tensor in proto.graph.initializer]
-    return {name: model.weights[name] for name in names if name in model.weights}
+def _assemble(
+    model: FloatModel,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    declared: Mapping[str, NDArray[np.float32]],
+) -> onnx.ModelProto:
+    """A model of these nodes with the constants that they read, some of them only declared."""
+    used = {name for node in nodes for name in reads(node)}
+    constants = [
+        _declare(t.name, declared[t.name]) if t.name in declared else t
+        for t in model.proto.graph.initializer
+        if t.name in used
+    ]
+    return helper.make_model(
+        helper.make_graph(nodes, model.proto.graph.name, inputs, outputs, constants),
+        opset_imports=model.proto.opset_import,
+        ir_version=model.proto.ir_version,
+    )
+
+
+def _declared(
+    proto: onnx.ModelProto, values: Mapping[str, NDArray[np.float32]]
+) -> dict[str, NDArray[np.float32]]:
+    """The values of what `_assemble` only declared in `proto`."""
+    return {t.name: values[t.name] for t in proto.graph.initializer if t.name in values}
 
 
 def _declare(name: str, value: NDArray[np.float32]) -> TensorProto:
@@ -424,21 +423,6 @@ def _declare(name: str, value: NDArray[np.float32]) -> TensorProto:
     # ONNX Runtime wants the name of a file, and never opens it.
     tensor.external_data.add(key="location", value="memory")
     return tensor
-
-
-def _session(
-    proto: onnx.ModelProto, weights: Mapping[str, NDArray[np.float32]], threads: int | None
-) -> onnxruntime.InferenceSession:
-    """A session with weights that are only declared: copying them takes longer than a probe."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
-    options.add_external_initializers(list(weights), values)
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def _renamed(

@@ -269,7 +269,7 @@ def live_weights(model: FloatModel) -> dict[str, NDArray[np.float32]]:
         if layer.op_type != "Conv" or activation is None:
             continue
         before = layers.get(activation.input[0])
-        if before is None or _bounds(activation, constants)[0] != 0:
+        if before is None or activation_bounds(activation, constants)[0] != 0:
             continue
         weight = model.weights[before.weight]
         sizes = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)))
@@ -452,7 +452,7 @@ def _lost_activations(graph: _QuantizedGraph, model: FloatModel) -> Iterator[Fin
         limits = np.iinfo(parameters.zero_point.dtype)
         scale, zero_point = float(parameters.scale), int(parameters.zero_point)
         low, high = scale * (limits.min - zero_point), scale * (limits.max - zero_point)
-        bounds = _bounds(node, constants)
+        bounds = activation_bounds(node, constants)
         # Half a step is what rounding the zero point may move the ends by.
         if low < bounds[0] - 0.5 * scale or high > bounds[1] + 0.5 * scale:
             lost.append(node.name)
@@ -650,7 +650,9 @@ def _optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(path)
 
 
-def _bounds(node: onnx.NodeProto, constants: dict[str, NDArray[Any]]) -> tuple[float, float]:
+def activation_bounds(
+    node: onnx.NodeProto, constants: dict[str, NDArray[Any]]
+) -> tuple[float, float]:
     """What a Relu or Clip cuts off at; infinite where it does not, or that is computed."""
     if node.op_type == "Relu":
         return 0.0, np.inf

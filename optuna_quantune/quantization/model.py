@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.graph import attribute_of
 
 
 WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -214,7 +215,7 @@ def _layers(proto: onnx.ModelProto, initializers: dict[str, onnx.TensorProto]) -
             weight=weight.name,
             bias=bias,
             channel_axis=_channel_axis(node, len(weight.dims)),
-            groups=next((a.i for a in node.attribute if a.name == "group"), 1),
+            groups=attribute_of(node, "group", 1),
         )
 
 
@@ -224,7 +225,7 @@ def _channel_axis(node: onnx.NodeProto, rank: int) -> int:
     if node.op_type == "ConvTranspose":
         return 1
     if node.op_type == "Gemm":
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        transposed = bool(attribute_of(node, "transB", 0))
         return 0 if transposed else 1
     return rank - 1
 

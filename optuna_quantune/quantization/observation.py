@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import with_outputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.session import make_session
@@ -199,7 +200,7 @@ def _look_inside(
 
 
 def _fills_blocks(reorder: onnx.NodeProto) -> bool:
-    channels = next(a.i for a in reorder.attribute if a.name == "channels")
+    channels = attribute_of(reorder, "channels")
     return bool(channels % _BLOCK == 0)
 
 

@@ -37,6 +37,7 @@ from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.kernels import adapt
+from optuna_quantune.quantization.lint import activation_bounds
 from optuna_quantune.quantization.lint import live_weights
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
@@ -546,11 +547,7 @@ def _implied(
     scale = float(parameters.scale)
     zero_point = int(parameters.zero_point)
     low, high = scale * (parameters.lowest - zero_point), scale * (parameters.highest - zero_point)
-    if node.op_type == "Relu":
-        return low >= 0.0
-    bounds = [
-        float(numpy_helper.to_array(constants[name])) if name in constants else unbounded
-        for name, unbounded in zip((*node.input[1:3], "", "")[:2], (-np.inf, np.inf), strict=True)
-    ]
+    given = {n: numpy_helper.to_array(constants[n]) for n in node.input[1:] if n in constants}
+    bounds = activation_bounds(node, given)
     # float32 rounding of the scale may leave the largest integer a hair beyond the bound.
     return low >= bounds[0] and high <= bounds[1] + 1e-6 * abs(high)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
+from numpy.typing import NDArray
 
 
 def make_session(
@@ -14,6 +17,7 @@ def make_session(
     threads: int | None = None,
     optimize: bool = True,
     optimized: Path | None = None,
+    weights: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session on the processor that prints errors only.
 
@@ -22,6 +26,8 @@ def make_session(
         threads: Threads that share one run; None is one for each core.
         optimize: Whether the graph is optimized.
         optimized: File that the optimized model is written to; it is for this machine only.
+        weights: Values of initializers that `proto` only declares (external data): copying them
+            into it can take longer than what the session is for.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -31,6 +37,9 @@ def make_session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if weights:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+        options.add_external_initializers(list(weights), values)
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
