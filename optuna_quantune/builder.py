@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from typing import Any
-from typing import Final
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution
@@ -29,10 +28,6 @@ from optuna_quantune.quantization.quantizer import required_activations
 from optuna_quantune.quantization.sensitivity import float_order
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
-
-
-# Configurations of a space up to which the noise model simulates closely.
-_SMALL_SPACE: Final = 1000
 
 
 class Builder:
@@ -135,9 +130,7 @@ class Builder:
                     self._calibration.batches(1, last),
                     progress=lambda done, total: self._progress("probe", done, total),
                 )
-                noise = self._noise_models[equalized] = NoiseModel(
-                    quantizer, gains, closely=(self._space.size or np.inf) <= _SMALL_SPACE
-                )
+                noise = self._noise_models[equalized] = NoiseModel(quantizer, gains)
                 whole = QuantizationConfig(bias_correction=True, equalization=equalized)
                 quantizer.float_order = float_order(
                     quantizer.model, quantizer.placement(()), noise.predict(whole)

@@ -39,7 +39,8 @@ class Saturation:
     """How errors of a kind of configuration fail to add up, from one that was simulated.
 
     Below `ADDITIVE` they do add up. From there the factor by which the simulated one departs from
-    its sum is approached with the logarithm of the sum.
+    its sum is approached with the logarithm of the sum. A larger sum makes no more noise than the
+    simulated one.
 
     Attributes:
         linear: The sum of the simulated configuration.
@@ -58,6 +59,10 @@ class Saturation:
         if min(linear, self.linear) <= ADDITIVE:
             return 0.0
         return min(1.0, float(np.log(linear / ADDITIVE) / np.log(self.linear / ADDITIVE)))
+
+    def beyond(self, linear: float) -> float:
+        """What part of a sum is as much as that of the simulated one, 0 to 1."""
+        return min(1.0, self.linear / linear) if self.linear > ADDITIVE else 1.0
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,12 @@ class NoisePrediction:
     @property
     def total(self) -> float:
         """The predicted noise-to-signal power ratio of the output."""
-        return self.linear * float(self.saturation.total**self._share)
+        return self.linear * self._beyond * float(self.saturation.total**self._share)
 
     @property
     def confusion(self) -> float:
         """The part of the noise that can change a prediction, over what is left of the signal."""
-        return self.confusing * float(self.saturation.confusion**self._share)
+        return self.confusing * self._beyond * float(self.saturation.confusion**self._share)
 
     @property
     def highest_output(self) -> float:
@@ -115,6 +120,10 @@ class NoisePrediction:
     @property
     def _share(self) -> float:
         return self.saturation.share(self.linear)
+
+    @property
+    def _beyond(self) -> float:
+        return self.saturation.beyond(self.linear)
 
     def features(self) -> dict[str, float]:
         """Named numbers for a cost model, in decibels (10 log10 of signal over noise)."""
@@ -149,14 +158,13 @@ class NoiseModel:
     Args:
         quantizer: What builds the configurations.
         probe: What errors in `quantizer.model` do to its output.
-        closely: Whether errors that do not add up are simulated for every scheme, clipping,
-            calibration size and mixed precision, rather than for the largest steps only. A
-            simulation takes a few inferences: in a space of a hundred configurations that is
-            little; in one of a hundred thousand it would be hundreds of simulations, of
-            configurations that are far from the best.
+        closely: Whether errors that do not add up are simulated for every clipping, calibration
+            size and mixed precision, too, rather than for every scheme and granularity only. A
+            simulation takes a few inferences, there can be hundreds of them, and they tell
+            configurations apart that are all far from the best.
     """
 
-    def __init__(self, quantizer: Quantizer, probe: Probe, *, closely: bool = True) -> None:
+    def __init__(self, quantizer: Quantizer, probe: Probe, *, closely: bool = False) -> None:
         self._quantizer = quantizer
         self._closely = closely
         self._probe = probe
@@ -213,7 +221,6 @@ class NoiseModel:
             key = replace(
                 key,
                 calibration_images=ALL_IMAGES,
-                scheme="symmetric_power2",
                 clipping="max",
                 mixed_precision="none",
             )
@@ -221,17 +228,20 @@ class NoiseModel:
             self._saturations[key] = Saturation()  # of the prediction that is asked for here
             expected = self.predict_layers(key, self._quantizer.float_layers(key))
             if expected.linear > ADDITIVE:
-                joint = self._probe.joint
-                # Errors of 16-bit activations are nothing beside those of 8-bit weights.
-                whole = key.activation_bits == 8
-                found = joint.of_everything(key) if whole else joint.of_weights(key)
-                self._saturations[key] = Saturation(
-                    expected.linear,
-                    found.total / expected.linear,
-                    found.confusion / expected.confusing,
-                    found.gain if found.gain > 0.0 else 1.0,
-                )
+                self._saturations[key] = self._simulated(key, expected)
         return self._saturations[key]
+
+    def _simulated(self, config: QuantizationConfig, expected: NoisePrediction) -> Saturation:
+        joint = self._probe.joint
+        # Errors of 16-bit activations are nothing beside those of 8-bit weights.
+        whole = config.activation_bits == 8
+        found = joint.of_everything(config) if whole else joint.of_weights(config)
+        return Saturation(
+            expected.linear,
+            found.total / expected.linear,
+            found.confusion / expected.confusing,
+            found.gain if found.gain > 0.0 else 1.0,
+        )
 
     def _quantized_tensors(
         self, float_layers: tuple[str, ...], fusion: Fusion

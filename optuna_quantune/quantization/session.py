@@ -31,6 +31,8 @@ def make_session(
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Rounding in a float model is there to be looked at, not to make integer kernels of.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     if not optimize:

@@ -192,8 +192,9 @@ def test_noise_beyond_the_signal_does_not_add_up() -> None:
     assert predicted(9.97).highest_output == pytest.approx(8.0 / 0.25)
     # Half way, in decibels, half the decibels are gone.
     assert predicted(0.97).total == pytest.approx(np.sqrt(0.1))
-    # Beyond the simulated one its factor holds.
-    assert predicted(99.97).total == pytest.approx(10.0)
+    # Beyond the simulated one there is no more noise than in that.
+    assert predicted(99.97).total == pytest.approx(1.0)
+    assert predicted(99.97).confusion == pytest.approx(0.5 * 10.0, rel=1e-2)
 
 
 def test_a_prediction_does_not_depend_on_those_before_it(
@@ -210,17 +211,20 @@ def test_a_prediction_does_not_depend_on_those_before_it(
     assert first == second[::-1]
 
 
-def test_a_large_space_simulates_the_largest_steps_only(
+def test_schemes_and_granularities_are_simulated_and_all_else_if_asked(
     quantizer: Quantizer, toy_probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("optuna_quantune.quantization.noise.ADDITIVE", 0.0)
     configs = [
-        QuantizationConfig(granularity="tensor", scheme=scheme, clipping=clipping)
-        for scheme, clipping in itertools.product(get_args(Scheme), get_args(Clipping))
+        QuantizationConfig(scheme=scheme, clipping=clipping, calibration_images=images)
+        for scheme, clipping, images in itertools.product(
+            get_args(Scheme), get_args(Clipping), (1, "all")
+        )
     ]
-    close, coarse = (NoiseModel(quantizer, toy_probe, closely=choice) for choice in (True, False))
-    closely = [close.predict(config).saturation for config in configs]
-    shared = [coarse.predict(config).saturation for config in configs]
-    largest = closely[configs.index(replace(configs[0], scheme="symmetric_power2"))]
-    assert len(set(closely)) > len(get_args(Scheme))
-    assert set(shared) == {largest}
+    coarse, close = (NoiseModel(quantizer, toy_probe, closely=choice) for choice in (False, True))
+    shared = {config: coarse.predict(config).saturation for config in configs}
+    single = {config: close.predict(config).saturation for config in configs}
+    assert len(set(single.values())) > len(set(shared.values()))
+    for config in configs:
+        typical = replace(config, clipping="max", calibration_images="all")
+        assert shared[config] == single[typical]
