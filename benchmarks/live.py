@@ -1,13 +1,14 @@
 """Wall clock of the whole job on real models, each method in a process of its own, side by side.
 
-    python -m benchmarks.live TASKS [--models NAME ...] [--sample 8] [--full NAME ...]
-        [--trials 20] [--trials-others 30] [--memory-limit-gb 8] [--methods NAME ...]
+    python -m benchmarks.live TASKS [--models NAME ...] [--sample 12] [--full NAME ...]
+        [--trials 20] [--trials-others 30] [--memory-limit-gb 16] [--methods NAME ...]
 
 TASKS holds what `python -m benchmarks.export_task` wrote. For each model:
 
 - ``exhaustive``: all 96 configurations as a user of ONNX Runtime tries them
-  (`benchmarks.onnxruntime_user`), on a random sample of configurations, extrapolated; in full for
-  the models under ``--full``;
+  (`benchmarks.onnxruntime_user`), on a random sample of configurations, alike many of each
+  calibration method and number of inputs, which decide how long they take, extrapolated; in full
+  for the models under ``--full``;
 - ``rule of thumb``: per channel, uint8 activations, MinMax, 128 inputs, no search;
 - ``random``, ``grid``, ``genetic``, ``XGBoost``: the searches of the paper with our objective, by
   `baselines`;
@@ -21,6 +22,7 @@ takes more memory than the limit is stopped, and counts with its time until then
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -35,6 +37,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.live_report import write
 from benchmarks.onnxruntime_user import grid
+from benchmarks.onnxruntime_user import kinds_of_cost
 from benchmarks.peers.task import Task
 
 
@@ -55,18 +58,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", type=Path)
     parser.add_argument("--models", nargs="+", help="all tasks by default")
-    parser.add_argument("--sample", type=int, default=8, help="configurations of the exhaustive")
+    parser.add_argument("--sample", type=int, default=12, help="configurations of the exhaustive")
     parser.add_argument("--full", nargs="+", default=(), help="models with all configurations")
     parser.add_argument("--trials", type=int, default=20, help="trials of quantune")
     parser.add_argument("--trials-others", type=int, default=30)
-    parser.add_argument("--memory-limit-gb", type=float, default=8.0)
+    parser.add_argument("--memory-limit-gb", type=float, default=16.0)
     parser.add_argument("--methods", nargs="+", help="run these only, such as exhaustive; all")
     arguments = parser.parse_args()
     present = sorted(path.parent.name for path in arguments.tasks.glob("*/task.json"))
     for name in arguments.models or present:
         task = Task.load(arguments.tasks / name)
-        n_configurations = len(grid()) if name in arguments.full else arguments.sample
-        order = np.random.default_rng(SEED).permutation(len(grid()))[:n_configurations]
+        order = sample(len(grid()) if name in arguments.full else arguments.sample)
         steps = {"quantune": search_step(task, "quantune", arguments.trials)}
         steps |= {"rule of thumb": user_step(task, "rule")}
         steps |= {
@@ -79,6 +81,13 @@ def main() -> None:
                 continue
             run_step(name, step, command, arguments.memory_limit_gb)
     write(RESULTS, arguments.tasks)
+
+
+def sample(n: int) -> list[int]:
+    """Numbers of random configurations of the exhaustive search, in turn of each kind."""
+    rng = np.random.default_rng(SEED)
+    kinds = [rng.permutation(numbers).tolist() for numbers in kinds_of_cost().values()]
+    return list(itertools.chain.from_iterable(zip(*kinds, strict=True)))[:n]
 
 
 def user_step(task: Task, which: str) -> list[str]:

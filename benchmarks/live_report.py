@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from scipy import stats
 
 from benchmarks import tables
 from benchmarks.onnxruntime_user import grid
+from benchmarks.onnxruntime_user import kinds_of_cost
 from benchmarks.peers.task import Task
 from optuna_quantune.evaluation.metrics import paired_difference_interval
 from optuna_quantune.selection import unpack
@@ -60,8 +62,7 @@ class Exhaustive:
         measured: Configurations that were run.
         failed: Those among them that were stopped for their memory, or failed.
         seconds: Of all 96 configurations, extrapolated by the mean unless all were run.
-        low: Lower end of the 95 % interval of it; that of a mean, with the correction for a
-            finite population.
+        low: Lower end of the 95 % interval of it.
         high: Upper end.
     """
 
@@ -194,26 +195,46 @@ def arrival(
 
 def exhaustive(steps: dict[str, dict[str, Any]]) -> Exhaustive | None:
     """Seconds of all configurations, from those that were run."""
-    measured = [s for name, s in steps.items() if name.startswith("exhaustive")]
+    measured = {
+        int(name.split()[1]): step
+        for name, step in steps.items()
+        if name.startswith("exhaustive")
+    }
     if not measured:
         return None
-    seconds = np.array(
-        [
-            s["seconds"] if "failed" in s else s["build_seconds"] + s["evaluate_seconds"]
-            for s in measured
-        ]
-    )
-    n, size = len(seconds), len(grid())
-    total = size * float(seconds.mean())
-    if n == size:
-        low = high = total
-    elif n == 1:
-        low, high = 0.0, math.inf
-    else:
-        error = seconds.std(ddof=1) / math.sqrt(n) * math.sqrt((size - n) / (size - 1))
-        half = float(stats.t.ppf(0.975, n - 1)) * size * float(error)
-        low, high = max(total - half, float(seconds.sum())), total + half
-    return Exhaustive(n, sum("failed" in s for s in measured), total, low, high)
+    seconds = {
+        number: step["seconds"]
+        if "failed" in step
+        else step["build_seconds"] + step["evaluate_seconds"]
+        for number, step in measured.items()
+    }
+    total, low, high = extrapolated(seconds)
+    failed = sum("failed" in step for step in measured.values())
+    return Exhaustive(len(measured), failed, total, low, high)
+
+
+def extrapolated(seconds: Mapping[int, float]) -> tuple[float, float, float]:
+    """The sum over all configurations from those of a sample, with the ends of its interval.
+
+    Stratified by `kinds_of_cost` where two of each kind were run, which is what decides how long
+    a configuration takes; with the corrections for a finite population.
+    """
+    whole = list(range(len(grid())))
+    kinds = list(kinds_of_cost().values())
+    if any(len(seconds.keys() & set(kind)) < 2 for kind in kinds):
+        kinds = [whole]
+    total = variance = 0.0
+    for kind in kinds:
+        found = np.array([seconds[number] for number in kind if number in seconds])
+        total += len(kind) * float(found.mean())
+        if len(found) < len(kind):
+            spread = found.var(ddof=1) if len(found) > 1 else math.inf
+            variance += len(kind) * (len(kind) - len(found)) * float(spread) / len(found)
+    if variance == 0.0:
+        return total, total, total
+    freedom = max(len(seconds) - len(kinds), 1)
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return total, max(total - half, float(sum(seconds.values()))), total + half
 
 
 def best_selected(task: Task, steps: dict[str, dict[str, Any]]) -> Best:

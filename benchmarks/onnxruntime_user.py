@@ -67,6 +67,14 @@ def grid() -> list[UserConfig]:
     return [UserConfig(*choice) for choice in itertools.product(*options)]
 
 
+def kinds_of_cost() -> dict[tuple[int | None, bool], list[int]]:
+    """Numbers of the configurations by what decides how long they take."""
+    kinds: dict[tuple[int | None, bool], list[int]] = {}
+    for number, config in enumerate(grid()):
+        kinds.setdefault((config.calibration_images, config.entropy), []).append(number)
+    return kinds
+
+
 def quantize(task: Task, config: UserConfig, output: Path) -> None:
     """Writes the quantized model."""
     with tempfile.TemporaryDirectory() as folder:

@@ -60,6 +60,21 @@ def choose_range(
     )
 
 
+def ranging_scheme(histogram: Histogram, clipping: Clipping, scheme: Scheme) -> Scheme:
+    """The first of the schemes that `choose_range` gives the same range with.
+
+    Args:
+        histogram: The tensor's values.
+        clipping: As in `choose_range`.
+        scheme: As in `choose_range`.
+    """
+    if clipping == "max":
+        return "asymmetric"
+    if clipping == "mse" and scheme == "symmetric_power2":
+        return scheme
+    return "symmetric" if _is_symmetric(histogram, scheme) else "asymmetric"
+
+
 def _is_symmetric(histogram: Histogram, scheme: Scheme) -> bool:
     if scheme == "symmetric_uint8":
         return histogram.minimum < 0.0

@@ -405,10 +405,11 @@ def _constant_site(node: onnx.NodeProto, view: GraphView, model: FloatModel) -> 
     if view.constants[quantized].data_type == onnx.TensorProto.INT32:
         layer = view.readers[node.output[0]][0]
         data, weight = view.writers[layer.input[0]], view.writers[layer.input[1]]
+        # ONNX Runtime stores a second copy, under another name, of a bias used twice.
+        in_float = next(n for n in model.proto.graph.node if n.name == layer.name)
         return ConstantSite(
             "bias",
-            # ONNX Runtime stores a second copy, under another name, of a bias used twice.
-            next((i.bias for i in model.layers if i.name == layer.name and i.bias), tensor),
+            in_float.input[2],
             quantized,
             scale,
             zero_point,

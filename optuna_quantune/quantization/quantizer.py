@@ -25,6 +25,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.clipping import choose_range
+from optuna_quantune.quantization.clipping import ranging_scheme
 from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
@@ -308,7 +309,7 @@ class Quantizer:
         readers = _layers_of_biases(placement.template.graph)
         corrected = {}
         for site in placement.constants:
-            if site.kind == "bias":
+            if site.quantized in readers:
                 bias, shift = self._constants[site.tensor], shifts[readers[site.quantized]]
                 corrected[site.quantized] = bias - shift.reshape(bias.shape)
         return corrected
@@ -326,11 +327,12 @@ class Quantizer:
         return choose_parameters(low, high, config.scheme, bits=config.activation_bits)
 
     def _range(self, tensor: str, config: QuantizationConfig) -> tuple[float, float]:
-        size = self.statistics.resolve(config.calibration_images)
-        key = (tensor, size, config.clipping, config.scheme)
+        size, clipping = self.statistics.resolve(config.calibration_images), config.clipping
+        histogram = self.statistics.histogram(tensor, size)
+        scheme = ranging_scheme(histogram, clipping, config.scheme)
+        key = (tensor, size, clipping, scheme)
         if key not in self._ranges:
-            histogram = self.statistics.histogram(tensor, size)
-            self._ranges[key] = choose_range(histogram, config.clipping, config.scheme)
+            self._ranges[key] = choose_range(histogram, clipping, scheme)
         return self._ranges[key]
 
     def _constant_parameters(

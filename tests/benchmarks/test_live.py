@@ -24,6 +24,7 @@ from benchmarks import export_task
 from benchmarks import finished_model
 from benchmarks import live
 from benchmarks import live_report
+from benchmarks.onnxruntime_user import kinds_of_cost
 from benchmarks import onnxruntime_user
 from benchmarks.peers.task import Task
 
@@ -186,6 +187,26 @@ def test_extrapolated_time_is_the_mean_of_the_sample_with_an_honest_interval() -
     result = live_report.exhaustive(steps)
     assert result is not None
     assert result.low == result.seconds == result.high == pytest.approx(everything.sum() + 96)
+
+
+def test_a_sample_of_each_kind_is_extrapolated_kind_by_kind() -> None:
+    rng = np.random.default_rng(0)
+    kinds = kinds_of_cost()
+    assert [len(kind) for kind in kinds.values()] == [16] * 6
+    assert sorted(sum(kinds.values(), [])) == list(range(96))
+    levels = dict(zip(kinds, (1.0, 2.0, 5.0, 20.0, 50.0, 300.0), strict=True))
+    seconds = {
+        number: levels[kind] * rng.uniform(0.9, 1.1)
+        for kind, numbers in kinds.items()
+        for number in numbers
+    }
+    chosen = live.sample(12)
+    assert all(len(set(chosen) & set(numbers)) == 2 for numbers in kinds.values())
+    total, low, high = live_report.extrapolated({n: seconds[n] for n in chosen})
+    assert low < sum(seconds.values()) < high
+    # One configuration in six takes most of the time: a plain sample would not be so certain.
+    assert high - low < 0.3 * total
+    assert live_report.extrapolated(seconds) == (pytest.approx(sum(seconds.values())),) * 3
 
 
 def test_the_report_has_every_method_and_the_ratios(

@@ -11,6 +11,7 @@ from scipy import stats
 from optuna_quantune.quantization.clipping import choose_range
 from optuna_quantune.quantization.clipping import kl_threshold
 from optuna_quantune.quantization.clipping import quantization_error
+from optuna_quantune.quantization.clipping import ranging_scheme
 from optuna_quantune.quantization.config import Clipping
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.scheme import choose_parameters
@@ -261,6 +262,17 @@ def test_no_clipping_collapses(name: str, clipping: Clipping) -> None:
         # 8 bits over the whole range leave 24 dB of the heavy-tailed sample, more of the others.
         noise = error_of(values, low, high, scheme) / np.mean(np.square(values))
         assert -10.0 * np.log10(noise) > 13.0
+
+
+@pytest.mark.parametrize("scheme", get_args(Scheme))
+@pytest.mark.parametrize("clipping", get_args(Clipping))
+@pytest.mark.parametrize("name", SAMPLES)
+def test_schemes_that_range_alike_have_the_same_range(
+    name: str, clipping: Clipping, scheme: Scheme
+) -> None:
+    histogram = histogram_of(SAMPLES[name])
+    alike = ranging_scheme(histogram, clipping, scheme)
+    assert choose_range(histogram, clipping, alike) == choose_range(histogram, clipping, scheme)
 
 
 def test_fewer_bits_clip_more() -> None:
