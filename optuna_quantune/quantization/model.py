@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ from optuna_quantune.quantization.graph import attribute_of
 
 
 WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Operators whose third input is a bias.
+_BIASED_OPS: Final = (
+    *("Conv", "ConvTranspose", "Gemm"),
+    *("BatchNormalization", "InstanceNormalization", "LayerNormalization"),
+)
 # Per-channel DequantizeLinear (its `axis` attribute) exists since opset 13.
 MINIMUM_OPSET: Final = 13
 
@@ -179,7 +185,26 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
                 name += "_"
             node.name = name
             taken.add(name)
+    _separate_biases(proto.graph)
     return proto
+
+
+def _separate_biases(graph: onnx.GraphProto) -> None:
+    """Gives each node a bias of its own.
+
+    The scale of an integer bias is that of its node's products, so that nodes cannot share one.
+    ONNX Runtime would store copies under names that it makes up.
+    """
+    reads = Counter(name for node in graph.node for name in node.input)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        bias = node.input[2] if node.op_type in _BIASED_OPS and len(node.input) > 2 else ""
+        if bias in constants and reads[bias] > 1:
+            reads[bias] -= 1
+            copy = graph.initializer.add()
+            copy.CopyFrom(constants[bias])
+            copy.name = f"{bias}__of__{node.name}"
+            node.input[2] = copy.name
 
 
 @contextlib.contextmanager

@@ -405,11 +405,9 @@ def _constant_site(node: onnx.NodeProto, view: GraphView, model: FloatModel) -> 
     if view.constants[quantized].data_type == onnx.TensorProto.INT32:
         layer = view.readers[node.output[0]][0]
         data, weight = view.writers[layer.input[0]], view.writers[layer.input[1]]
-        # ONNX Runtime stores a second copy, under another name, of a bias used twice.
-        in_float = next(n for n in model.proto.graph.node if n.name == layer.name)
         return ConstantSite(
             "bias",
-            in_float.input[2],
+            tensor,
             quantized,
             scale,
             zero_point,

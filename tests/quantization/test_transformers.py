@@ -21,7 +21,10 @@ TOKENS, WIDTH = 6, 16
 
 
 def attention(folder: Path) -> Path:
-    """Two normalized projections with one bias for all normalizations, and their product."""
+    """Normalized projections and their product.
+
+    Two normalizations have one bias, and of the third gain and bias are one tensor.
+    """
     rng = np.random.default_rng(0)
 
     def constant(name: str, values: NDArray[np.float64]) -> onnx.TensorProto:
@@ -39,7 +42,7 @@ def attention(folder: Path) -> Path:
         helper.make_node("MatMul", ["n1", "wq"], ["q"], name="query"),
         helper.make_node("LayerNormalization", ["q", "gain", "shared_bias"], ["n2"], name="norm2"),
         helper.make_node("MatMul", ["n2", "wk"], ["k"], name="key"),
-        helper.make_node("LayerNormalization", ["k", "gain", "shared_bias"], ["n3"], name="norm3"),
+        helper.make_node("LayerNormalization", ["k", "gain", "gain"], ["n3"], name="norm3"),
         helper.make_node("Transpose", ["n3"], ["kt"], name="turn", perm=[0, 2, 1]),
         helper.make_node("MatMul", ["q", "kt"], ["scores"], name="product"),
         helper.make_node("Softmax", ["scores"], ["shares"], name="softmax", axis=-1),
