@@ -196,9 +196,7 @@ def arrival(
 def exhaustive(steps: dict[str, dict[str, Any]]) -> Exhaustive | None:
     """Seconds of all configurations, from those that were run."""
     measured = {
-        int(name.split()[1]): step
-        for name, step in steps.items()
-        if name.startswith("exhaustive")
+        int(name.split()[1]): step for name, step in steps.items() if name.startswith("exhaustive")
     }
     if not measured:
         return None

@@ -174,7 +174,9 @@ def section(kind: str, frame: pd.DataFrame) -> list[str]:
     more = {b: paired[b][4] - paired[b][1] for b in BUDGETS}
     cells = [f"{more[b].mean():+.4f} ± {more[b].sem():.4f}" for b in BUDGETS]
     lines.append("| difference, paired | " + " | ".join(cells) + " |")
-    cells = [f"{mean.loc[4, b] / mean.loc[1, b]:.2f}" for b in BUDGETS]
+    cells = [
+        f"{mean.loc[4, b] / mean.loc[1, b]:.2f}" if mean.loc[1, b] > 0.0 else "-" for b in BUDGETS
+    ]
     lines.append("| ratio | " + " | ".join(cells) + " |")
     cells = [f"{_equal_trials(mean.loc[1], mean.loc[4, b]):.1f}" for b in BUDGETS]
     lines.append("| as much as one worker after | " + " | ".join(cells) + " |")

@@ -291,4 +291,7 @@ def _divergences(
 def _rebin(histogram: Histogram, grid: NDArray[np.float64]) -> NDArray[np.float64]:
     """Counts of a histogram over other bins, taking values as evenly spread within each bin."""
     cumulative = np.concatenate([[0.0], np.cumsum(histogram.counts)])
-    return np.diff(np.interp(grid, histogram.edges, cumulative))
+    up_to = np.interp(grid, histogram.edges, cumulative)
+    if grid[0] <= histogram.edges[0]:
+        up_to[0] = 0.0  # many equal values at the minimum are a bin without a width
+    return np.diff(up_to)

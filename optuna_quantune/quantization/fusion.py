@@ -71,8 +71,11 @@ def separate(placement: Placement, graph: onnx.GraphProto) -> Placement:
         graph: The float model.
     """
     sources = statistics_sources(graph, before_activations=False)
+    constants = {tensor.name for tensor in graph.initializer}
     sites = tuple(
-        dataclasses.replace(site, statistics=sources.get(site.tensor, site.tensor))
+        site
+        if site.tensor in constants
+        else dataclasses.replace(site, statistics=sources.get(site.tensor, site.tensor))
         for site in placement.activations
     )
     return dataclasses.replace(placement, activations=sites)

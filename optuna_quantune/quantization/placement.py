@@ -45,6 +45,8 @@ from optuna_quantune.quantization.model import FloatModel
 
 
 _SCALE_SUFFIX: Final = "_scale"
+# What ONNX Runtime appends to the name of an output of the model that it rounds.
+_OUTPUT_SUFFIX: Final = "_QuantizeLinear_Input"
 # What ONNX Runtime quantizes with the parameters of the input (`QDQDirect8BitOp`, `QDQMaxPool`).
 MOVING_OPS: Final = frozenset(
     {"AveragePool", "Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
@@ -62,9 +64,10 @@ class ActivationSite:
     """One scale and zero point in the graph, shared by one or more activation tensors.
 
     Attributes:
-        tensor: The activation whose range decides.
+        tensor: The activation whose range decides, or the constant, where values are looked up in
+            a table (Gather).
         statistics: The activation whose statistics are that range: `tensor` itself, or the one
-            that has the same range (`statistics_sources`).
+            that has the same range (`statistics_sources`), or what was looked up.
         scale: Name of the scale initializer.
         zero_point: Name of the zero-point initializer.
     """
@@ -135,13 +138,15 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
     sources = statistics_sources(model.proto.graph)
     activations: dict[str, ActivationSite] = {}
     constants: list[ConstantSite] = []
+    of_constants = {tensor.name for tensor in model.proto.graph.initializer}
     for node in graph.node:
         if node.op_type == "QuantizeLinear":
             scale, zero_point = node.input[1], node.input[2]
             tensor = scale.removesuffix(_SCALE_SUFFIX)
-            activations[scale] = ActivationSite(
-                tensor, sources.get(tensor, tensor), scale, zero_point
-            )
+            statistics = sources.get(tensor, tensor)
+            if tensor in of_constants:  # what is looked up in a table
+                statistics = node.input[0].removesuffix(_OUTPUT_SUFFIX)
+            activations[scale] = ActivationSite(tensor, statistics, scale, zero_point)
         elif node.op_type == "DequantizeLinear" and node.input[0] in view.constants:
             constants.append(_constant_site(node, view, model))
     constants.sort(key=lambda site: site.kind == "bias")

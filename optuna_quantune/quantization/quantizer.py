@@ -211,9 +211,12 @@ class Quantizer:
         placement = self.placement(plan.float_layers, config.fusion)
         proto = copy_of(placement.template)
         by_scale: dict[str, QuantizationParameters] = {}
+        of_constants = {site.scale for site in placement.constants}
         for activation in placement.activations:
             parameters = plan.activations[activation.tensor]
             by_scale[activation.scale] = parameters
+            if activation.scale in of_constants:
+                continue
             proto.graph.initializer.extend(
                 [
                     numpy_helper.from_array(parameters.scale, activation.scale),
@@ -323,6 +326,8 @@ class Quantizer:
         self, tensor: str, config: QuantizationConfig
     ) -> QuantizationParameters:
         """Scale and zero point of an activation with statistics, whether it has a pair or not."""
+        if tensor in self._tables:
+            return self._constant_parameters(self._tables[tensor], config)
         low, high = self._range(tensor, config)
         return choose_parameters(low, high, config.scheme, bits=config.activation_bits)
 
@@ -426,6 +431,17 @@ class Quantizer:
         """Shapes of float tensors for one input, as far as they are known."""
         shapes = tensor_shapes(self.model.proto.graph)
         return {name: (1, *shape[1:]) for name, shape in shapes.items() if 0 not in shape[1:]}
+
+    @cached_property
+    def _tables(self) -> dict[str, ConstantSite]:
+        """For each activation that was looked up the table, whose integers it keeps."""
+        placement = self.placement(())
+        constants = {site.scale: site for site in placement.constants}
+        return {
+            site.statistics: constants[site.scale]
+            for site in placement.activations
+            if site.scale in constants
+        }
 
     @property
     def _weight_integers(self) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from benchmarks import export_task
 from benchmarks import finished_model
 from benchmarks import live
 from benchmarks import live_report
-from benchmarks.onnxruntime_user import kinds_of_cost
 from benchmarks import onnxruntime_user
+from benchmarks.onnxruntime_user import kinds_of_cost
 from benchmarks.peers.task import Task
 
 

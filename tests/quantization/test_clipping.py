@@ -275,6 +275,15 @@ def test_schemes_that_range_alike_have_the_same_range(
     assert choose_range(histogram, clipping, alike) == choose_range(histogram, clipping, scheme)
 
 
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+def test_kl_sees_many_equal_values_at_the_minimum(scheme: Scheme) -> None:
+    low, high = choose_range(histogram_of(np.full(1000, -1.0)), "kl", scheme)
+    assert (low, high) == (-1.0, 0.0)
+    clipped = np.maximum(RNG.standard_normal(200_000), -1.0)
+    low, high = choose_range(histogram_of(clipped), "kl", "asymmetric")
+    assert low == pytest.approx(-1.0, abs=0.02)
+
+
 def test_fewer_bits_clip_more() -> None:
     histogram = histogram_of(SAMPLES["laplace"])
     ends = [choose_range(histogram, "mse", "symmetric", bits=bits)[1] for bits in (4, 8, 16)]

@@ -1,4 +1,4 @@
-"""What transformers have and CNNs lack: layer normalization, its biases, products of activations."""
+"""What transformers have and CNNs lack: tables of tokens, layer normalization and its biases."""
 
 from __future__ import annotations
 
@@ -95,4 +95,61 @@ def test_a_bias_that_several_normalizations_share_is_each_ones_own(
     assert measured is not None
     assert measured > 10.0
     predicted = objective.features(dict(knobs))["predicted_sqnr_db"]
+    assert predicted == pytest.approx(measured, abs=6.0)
+
+
+def looked_up(folder: Path) -> Path:
+    """Tokens looked up in a table, and a layer."""
+    rng = np.random.default_rng(2)
+    table = rng.normal(size=(50, WIDTH))
+    table[40:] *= 8.0  # tokens that no calibration input has
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "ids"], ["embedded"], name="lookup"),
+            helper.make_node("MatMul", ["embedded", "w"], ["rows"], name="project"),
+            helper.make_node("ReduceMean", ["rows"], ["y"], name="mean", axes=[1], keepdims=0),
+        ],
+        "tokens",
+        [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n", TOKENS])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 5])],
+        [
+            numpy_helper.from_array(table.astype(np.float32), "table"),
+            numpy_helper.from_array(rng.normal(size=(WIDTH, 5)).astype(np.float32), "w"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    path = folder / "tokens.onnx"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("target", ["cpu", "vta"])
+@pytest.mark.parametrize("clipping", ["max", "kl"])
+def test_a_table_keeps_all_its_values_whatever_calibration_looks_up(
+    target: str, clipping: str, tmp_path: Path
+) -> None:
+    path = looked_up(tmp_path)
+    ids = np.random.default_rng(3).integers(0, 40, size=(96, TOKENS))
+    space = SearchSpace.preset("vta" if target == "vta" else "quantune")
+    objective = QuantizationObjective(
+        path,
+        calibration=ArrayInputs(ids[:48]),
+        evaluation=ArrayInputs(ids[48:]),
+        metric="sqnr_db",
+        space=space,
+        target=target,
+        cache=None,
+    )
+    knobs = next(params for params in space.grid() if params["clipping"] == clipping)
+    proto = objective.quantize(space.config(knobs)).proto
+    onnx.checker.check_model(proto)
+    constants = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    assert len(constants) == len(proto.graph.initializer)
+    steps = constants["table_quantized"].astype(np.int32) - constants["table_zero_point"]
+    table = numpy_helper.to_array(onnx.load(path).graph.initializer[0])
+    scale = constants["table_scale"]
+    assert np.abs(steps * scale - table).max() <= scale * 0.51
+    predicted = objective.features(knobs)["predicted_sqnr_db"]
+    measured = objective.evaluate(proto).measurement.sqnr_db
+    assert measured is not None
     assert predicted == pytest.approx(measured, abs=6.0)
