@@ -216,7 +216,7 @@ class Quantizer:
             parameters = plan.activations[activation.tensor]
             by_scale[activation.scale] = parameters
             if activation.scale in of_constants:
-                continue
+                continue  # looked up in a table, which brings its scale along
             proto.graph.initializer.extend(
                 [
                     numpy_helper.from_array(parameters.scale, activation.scale),
