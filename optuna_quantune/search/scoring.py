@@ -10,6 +10,7 @@ that nothing is known. Trials decide between them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -51,10 +52,12 @@ class Scorer:
     def __init__(self, configurations: Configurations, history: History, weights: Array) -> None:
         self._configurations = configurations
         self._n_params = configurations.encoding.n_params
-        trials = self._described(history.codes)
-        pending = _inputs(self._described(history.pending))
-        self._fit_objective(history, trials, pending, weights)
-        self._fit_limits(history, trials, self._described(history.failed), pending)
+        trials, running = self._described(history.codes), self._described(history.pending)
+        self._fit_limits(history, trials, self._described(history.failed), _inputs(running))
+        if len(trials) == 0 and len(weights) == 1:
+            # All workers would begin with what is guessed best, which is much alike.
+            history, trials, running = _as_guessed(history, running), running, trials
+        self._fit_objective(history, trials, _inputs(running), weights)
 
     def score(self, candidates: Described) -> Array:
         """float64 of shape (n_candidates,)."""
@@ -168,6 +171,19 @@ def _inputs(described: Described) -> ModelInputs:
         described.candidates.kernel,
         np.concatenate([described.candidates.trees, features], axis=1),
         np.nan_to_num(features, nan=0.0),
+    )
+
+
+def _as_guessed(history: History, running: Described) -> History:
+    """The history if all running trials had come out as guessed."""
+    guesses = running.guesses[:, -1:]
+    return replace(
+        history,
+        codes=history.pending,
+        values=guesses,
+        noise=np.zeros(len(guesses)),
+        constraints={},
+        pending=history.codes,
     )
 
 

@@ -132,3 +132,21 @@ def test_a_source_that_the_trials_bear_out_decides() -> None:
     scorer = Scorer(configurations, trials, np.ones(1))
     informed = scorer.score(configurations.reference)
     assert SPACE.codes[informed.argmax()].sum() <= 1.0
+
+
+def test_before_any_value_running_trials_count_as_guessed() -> None:
+    """Or all workers would begin with neighbours of what is guessed best."""
+    configurations = Configurations(
+        {name: CategoricalDistribution(range(4)) for name in "abc"},
+        lambda params: {"prior": params["a"] + 0.01 * params["b"] + 0.001 * params["c"]},
+        None,
+        {},
+    )
+    reference, unknown = configurations.reference, history([], [])
+    order = np.argsort(-Scorer(configurations, unknown, np.ones(1)).score(reference))
+    assert order[:4].tolist() == [0, 1, 2, 3]
+    running = dataclasses.replace(unknown, pending=SPACE.codes[order[:1]])
+    scorer = Scorer(configurations, running, np.ones(1))
+    rest = order[1:]
+    best = SPACE.codes[rest[scorer.score(reference[rest]).argmax()]]
+    assert (best == SPACE.codes[0]).tolist() == [True, False, False]
