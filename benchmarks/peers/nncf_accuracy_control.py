@@ -29,6 +29,7 @@ def search(run: PeerRun) -> None:
     task = run.task
 
     def validate(model: Any, items: Iterable[int]) -> tuple[float, list[float]]:
+        run.check()
         indices = task.selected[list(items)]
         data = model.SerializeToString()
         if len(indices) == len(task.selected):

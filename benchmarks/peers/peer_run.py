@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,10 @@ import onnx
 
 from benchmarks.peers.task import peak_memory_mb
 from benchmarks.peers.task import Task
+
+
+# A run is stopped after so many times its budget.
+_PATIENCE = 3.0
 
 
 class BudgetSpent(BaseException):
@@ -64,16 +69,24 @@ class PeerRun:
             if accuracy > best:
                 # In one file, wherever the peer keeps its weights.
                 onnx.save(load(model), self.model)
+        self.check()
+        return accuracy
+
+    def check(self) -> None:
+        """Ends the search if the time is over.
+
+        Raises:
+            BudgetSpent: If it is.
+        """
         if self.seconds > self._budget_seconds:
             raise BudgetSpent
-        return accuracy
 
     def write(self, packages: tuple[str, ...], ended: str) -> None:
         """Writes the record.
 
         Args:
             packages: Distributions whose versions matter.
-            ended: Why the run ended: ``finished``, ``budget`` or the error.
+            ended: Why the run ended: ``finished``, ``budget``, ``stopped`` or the error.
         """
         record = {
             "peer": self.peer,
@@ -100,9 +113,25 @@ def main(peer: str, packages: tuple[str, ...], search: Callable[[PeerRun], None]
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.peers.{peer}")
     parser.add_argument("task", type=Path, help="folder that benchmarks.export_task wrote")
     parser.add_argument("output", type=Path, help="folder of the best model and the record")
-    parser.add_argument("--seconds", type=float, default=900.0, help="end of the search")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=900.0,
+        help="end of the search, which is stopped after three times as long",
+    )
     arguments = parser.parse_args()
     run = PeerRun(peer, Task.load(arguments.task), arguments.output.resolve(), arguments.seconds)
+
+    def end(reason: str) -> None:
+        run.write(packages, reason)
+        # Some peers leave threads or processes behind that would keep this one alive.
+        sys.stdout.flush()
+        os._exit(0)
+
+    # A peer that measures nothing for so long is not waited for.
+    watch = threading.Timer(_PATIENCE * arguments.seconds, end, ["stopped"])
+    watch.daemon = True
+    watch.start()
     ended = "finished"
     try:
         search(run)
@@ -111,10 +140,8 @@ def main(peer: str, packages: tuple[str, ...], search: Callable[[PeerRun], None]
     except Exception as error:
         # How a peer fails is a result, too.
         ended = f"{type(error).__name__}: {error}"[:300]
-    run.write(packages, ended)
-    # Some of them leave threads or processes behind that would keep this one alive.
-    sys.stdout.flush()
-    os._exit(0)
+    watch.cancel()
+    end(ended)
 
 
 def is_quantized(model: str | Path | bytes) -> bool:

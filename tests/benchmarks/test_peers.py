@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,18 @@ def test_the_budget_ends_the_search_and_no_handler_of_the_peer_stops_that(
 
     with pytest.raises(BudgetSpent):
         peer()
+
+
+def test_a_peer_that_measures_nothing_more_is_stopped(task: Task, tmp_path: Path) -> None:
+    peer = (
+        "import time; from benchmarks.peers.peer_run import main; "
+        "main('sleeper', ('numpy',), lambda run: time.sleep(60))"
+    )
+    arguments = [task.model.parent, tmp_path / "runs", "--seconds", "0.1"]
+    subprocess.run([sys.executable, "-c", peer, *map(str, arguments)], check=True, timeout=50)
+    record = json.loads((tmp_path / "runs" / "toy-sleeper.json").read_text())
+    assert record["ended"] == "stopped"
+    assert record["seconds"] < 50
 
 
 def test_a_record_becomes_a_row(task: Task, quantized: bytes, tmp_path: Path) -> None:
