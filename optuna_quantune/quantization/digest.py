@@ -11,6 +11,8 @@ import hashlib
 import onnx
 from onnx import numpy_helper
 
+from optuna_quantune.quantization.graph import reads
+
 
 def canonical_digest(proto: onnx.ModelProto) -> str:
     """SHA-256 of what a model computes, hexadecimal.
@@ -37,7 +39,7 @@ def canonical_digest(proto: onnx.ModelProto) -> str:
             node.domain.encode(),
             node.op_type.encode(),
             _hash(*attributes),
-            *(hashes[name] for name in node.input),
+            *(hashes[name] for name in reads(node)),
         )
         for index, name in enumerate(node.output):
             if name:

@@ -64,9 +64,33 @@ def reads(node: onnx.NodeProto) -> list[str]:
     for attribute in node.attribute:
         if attribute.type in _GRAPHS:
             for graph in (attribute.g, *attribute.graphs):
-                written = {name for inner in graph.node for name in inner.output}
-                names += [n for inner in graph.node for n in reads(inner) if n not in written]
+                own = {name for inner in graph.node for name in inner.output}
+                own |= {value.name for value in (*graph.input, *graph.initializer)}
+                names += [n for inner in graph.node for n in reads(inner) if n not in own]
+                names += [output.name for output in graph.output if output.name not in own]
     return names
+
+
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Puts each node behind those that write what it, or a graph within it, reads.
+
+    Nodes that stand right keep their order.
+    """
+    unwritten = {name for node in graph.node for name in node.output}
+    ordered: list[onnx.NodeProto] = []
+    waiting = list(graph.node)
+    while waiting:
+        late = []
+        for node in waiting:
+            if unwritten.isdisjoint(reads(node)):
+                ordered.append(node)
+                unwritten.difference_update(node.output)
+            else:
+                late.append(node)
+        if len(late) == len(waiting):
+            raise ValueError("the graph has a cycle")
+        waiting = late
+    refill(graph.node, ordered)
 
 
 def attribute_of(node: onnx.NodeProto, name: str, default: Any = None) -> Any:

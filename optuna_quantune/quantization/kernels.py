@@ -37,6 +37,7 @@ from onnx import numpy_helper
 
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.placement import ACTIVATION_OPS
@@ -120,7 +121,7 @@ class _Graph(GraphView):
         self.readers[source] = readers
 
     def write(self) -> None:
-        used = {name for node in self.nodes for name in node.input} | self.outputs
+        used = {name for node in self.nodes for name in reads(node)} | self.outputs
         refill(self._proto.node, self.nodes)
         refill(self._proto.initializer, (t for n, t in self.constants.items() if n in used))
         known = (value for value in self._proto.value_info if value.name not in self.reshaped)

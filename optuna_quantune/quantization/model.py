@@ -22,6 +22,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import reads
 
 
 WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -114,7 +115,11 @@ def load_float_model(path: str | Path) -> FloatModel:
         raise InputError(f"model {path}: no such file")
     try:
         source = onnx.load(path)
-        onnx.checker.check_model(str(path))
+        if all(o.type.tensor_type.HasField("shape") for o in source.graph.output):
+            onnx.checker.check_model(str(path))
+        else:  # ONNX Runtime takes outputs without type or shape, the checker does not
+            source = onnx.shape_inference.infer_shapes(source)
+            onnx.checker.check_model(source)
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "unreadable")
         raise InputError(
@@ -195,12 +200,12 @@ def _separate_biases(graph: onnx.GraphProto) -> None:
     The scale of an integer bias is that of its node's products, so that nodes cannot share one.
     ONNX Runtime would store copies under names that it makes up.
     """
-    reads = Counter(name for node in graph.node for name in node.input)
+    count = Counter(name for node in graph.node for name in reads(node))
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         bias = node.input[2] if node.op_type in _BIASED_OPS and len(node.input) > 2 else ""
-        if bias in constants and reads[bias] > 1:
-            reads[bias] -= 1
+        if bias in constants and count[bias] > 1:
+            count[bias] -= 1
             copy = graph.initializer.add()
             copy.CopyFrom(constants[bias])
             copy.name = f"{bias}__of__{node.name}"

@@ -39,7 +39,9 @@ from onnxruntime.quantization.registry import QLinearOpsRegistry
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
+from optuna_quantune.quantization.graph import sort_nodes
 from optuna_quantune.quantization.lint import check_node_names
 from optuna_quantune.quantization.model import FloatModel
 
@@ -320,7 +322,7 @@ def _without_unused(
     for node in reversed(nodes):
         if used.intersection(node.output) or node.op_type not in PAIR_OPS:
             kept.append(node)
-            used.update(node.input)
+            used.update(reads(node))
     refill(graph.node, reversed(kept))
     there = {tensor.name for tensor in graph.initializer}
     there.update(name for node in kept for name in node.output)
@@ -363,7 +365,9 @@ def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
             )
         finally:
             logging.root.setLevel(level)
-        return onnx.load(output)
+        quantized = onnx.load(output)
+    sort_nodes(quantized.graph)  # ONNX Runtime does not look into the branches of an If
+    return quantized
 
 
 def statistics_sources(

@@ -35,6 +35,7 @@ from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.graph import constant_values
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.kernels import adapt
@@ -549,7 +550,7 @@ def _remove_implied_activations(
         after.input[0] = quantize.input[0]
         removed |= {id(quantize), id(before), id(node)}
     refill(graph.node, (node for node in graph.node if id(node) not in removed))
-    used = {name for node in graph.node for name in node.input}
+    used = {name for node in graph.node for name in reads(node)}
     refill(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in used))
 
 

@@ -16,6 +16,7 @@ from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
+from optuna_quantune.quantization.graph import sort_nodes
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.graph import with_outputs
 
@@ -156,3 +157,36 @@ def test_other_outputs_replace_those_of_a_model(model: onnx.ModelProto) -> None:
     (values,) = session.run(None, {"input": np.zeros((1, 3), np.float32)})
     np.testing.assert_array_equal(values, np.ones((1, 3)))
     assert model == before
+
+
+def test_what_a_loop_brings_along_is_not_read_from_outside() -> None:
+    """Its counter, condition and state are inputs of its body; weights may lie in the body."""
+    value = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Mul", ["state", "factor"], ["next"])],
+        "body",
+        [
+            value("count", TensorProto.INT64, []),
+            value("go_on", TensorProto.BOOL, []),
+            value("state", TensorProto.FLOAT, [3]),
+        ],
+        # The condition is handed on as it is; `outer` is an output that the body does not compute.
+        [
+            value("go_on", TensorProto.BOOL, []),
+            value("next", TensorProto.FLOAT, [3]),
+            value("outer", TensorProto.FLOAT, [3]),
+        ],
+        [numpy_helper.from_array(np.ones(3, np.float32), "factor")],
+    )
+    loop = helper.make_node("Loop", ["n", "", "start"], ["end", "all"], name="loop", body=body)
+    assert reads(loop) == ["n", "", "start", "outer"]
+
+
+def test_nodes_are_sorted_by_what_they_and_their_branches_read(model: onnx.ModelProto) -> None:
+    graph = model.graph
+    graph.node.insert(0, helper.make_node("Neg", ["b"], ["outer"], name="negative"))
+    graph.node.insert(0, conditional())
+    sort_nodes(graph)
+    assert [node.name for node in graph.node] == ["add", "square", "relu", "negative", "if"]
+    sort_nodes(graph)
+    assert [node.name for node in graph.node] == ["add", "square", "relu", "negative", "if"]

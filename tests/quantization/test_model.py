@@ -44,6 +44,18 @@ def test_nodes_without_names_get_unique_ones(tmp_path: Path) -> None:
     assert len(set(names)) == 2
 
 
+def test_outputs_without_a_type_get_one(tmp_path: Path) -> None:
+    """As many tools leave them that take inner tensors for outputs."""
+    nodes = [helper.make_node("Gemm", ["x", "w"], ["y"], name="layer")]
+    path = save_graph(tmp_path, nodes, {"w": np.ones((4, 3))}, [1, 4], [1, 3])
+    model = onnx.load(path)
+    del model.graph.output[:]
+    model.graph.output.append(onnx.ValueInfoProto(name="y"))
+    onnx.save(model, path)
+    (output,) = load_float_model(path).outputs
+    assert (output.name, output.shape) == ("y", (1, 3))
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model .*nowhere\.onnx: no such file"):
         load_float_model(tmp_path / "nowhere.onnx")
