@@ -301,6 +301,43 @@ def test_an_average_is_the_same_integers_from_a_convolution(
     assert np.mean(steps != 0) <= (0.3 if attributes["kernel_shape"] == [2, 2] else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "slope", "replaced"),
+    [
+        ("asymmetric", 1 / 6, True),
+        ("asymmetric", 0.02, True),  # does not saturate anywhere
+        ("symmetric_uint8", 1 / 6, True),
+        ("symmetric", 1 / 6, False),  # reaches down to -1
+        ("symmetric_power2", 1 / 6, False),
+    ],
+)
+@pytest.mark.parametrize("swish", [False, True])
+def test_a_hard_sigmoid_is_the_same_integers_from_a_sum(
+    scheme: str, slope: float, replaced: bool, swish: bool, tmp_path: Path, run: Run
+) -> None:
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["input", "weight"], ["a"], name="first"),
+        make("HardSigmoid", ["a"], ["b"], name="gate", alpha=slope, beta=0.5),
+        *([make("Mul", ["a", "b"], ["c"], name="product")] if swish else []),
+        make("Conv", ["c" if swish else "b", "weight"], ["d"], name="last"),
+    ]
+    weight = RNG.standard_normal((12, 12, 1, 1)).astype(np.float32)
+    before, after = quantizers(build(nodes, {"weight": weight}, "d"), tmp_path)
+    config = QuantizationConfig.from_dict({"scheme": scheme})
+    plain, written = (q.quantize(config).proto for q in (before, after))
+    onnx.checker.check_model(written)
+    assert operators(written)["HardSigmoid"] == (0 if replaced else 1)
+    assert optimized(written, tmp_path)["QLinearAdd"] == replaced
+    used = {name for node in written.graph.node for name in node.input}
+    outputs = {name for node in written.graph.node for name in node.output}
+    assert outputs - used == {"d"}
+    # A value halfway between two integers may become either, and each changes all channels a bit.
+    difference = run(written, INPUTS) - run(plain, INPUTS)
+    assert np.mean(difference != 0.0) < (0.05 if replaced else 1e-9)
+    assert np.abs(difference).max() < 0.05 * np.abs(run(plain, INPUTS)).max()
+
+
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric_uint8"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("float_names", [(), ("first",), ("last",)])
