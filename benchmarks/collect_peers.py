@@ -3,8 +3,9 @@
     python -m benchmarks.collect_peers TASKS RUNS
 
 RUNS is where the scripts of `benchmarks/peers` left their models and records. Every model is
-measured on the inputs that nothing was chosen by, with its latency beside the float model's.
-Results go to `benchmarks/results/peers/`.
+measured on the inputs that nothing was chosen by, with its latency beside the float model's. The
+means over models have `tune` and the rule of thumb of `benchmarks.live` beside them, which has the
+same models, inputs and splits. Results go to `benchmarks/results/peers/`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from benchmarks import machine
 from benchmarks.finished_model import describe
@@ -23,6 +25,7 @@ from benchmarks.peers.task import Task
 
 
 RESULTS = Path(__file__).parent / "results" / "peers"
+LIVE = Path(__file__).parent / "results" / "live" / "summary.csv"
 
 
 def main() -> None:
@@ -40,11 +43,17 @@ def main() -> None:
             except Exception as error:  # such as operators that ONNX Runtime does not have
                 record["ended"] += f"; its model does not run here ({error})"[:300]
         records.append(record)
-    write(records, RESULTS)
+    write(records, RESULTS, pd.read_csv(LIVE))
 
 
-def write(records: list[dict[str, Any]], folder: Path) -> None:
-    """Writes runs.jsonl, README.md and one plot a model."""
+def write(records: list[dict[str, Any]], folder: Path, live: pd.DataFrame) -> None:
+    """Writes runs.jsonl, README.md and one plot a model.
+
+    Args:
+        records: What the peers left, and what was measured of their models.
+        folder: Where to.
+        live: The summary of `benchmarks.live`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = "\n".join(json.dumps(record) for record in records)
     (folder / "runs.jsonl").write_text(lines + "\n")
@@ -61,6 +70,7 @@ def write(records: list[dict[str, Any]], folder: Path) -> None:
         "latency over float's in ONNX Runtime; `memory`: peak beyond the inputs; `install`: size",
         "of the environment; `load`: of the machine at the end.",
         "",
+        *overall(records, live),
     ]
     for model in dict.fromkeys(record["model"] for record in records):
         chosen = [record for record in records if record["model"] == model]
@@ -77,6 +87,51 @@ def write(records: list[dict[str, Any]], folder: Path) -> None:
         ]
         plot(chosen, folder / f"{model}.png")
     (folder / "README.md").write_text("\n".join(text))
+
+
+def overall(records: list[dict[str, Any]], live: pd.DataFrame) -> list[str]:
+    """Means over the models that each peer quantized, as Markdown."""
+    found = pd.DataFrame(
+        {
+            "method": record["peer"],
+            "model": record["model"],
+            "points": 100 * record["difference"][0],
+            "agreement": record["agreement_held_out"],
+            "latency": record["latency_ratio"],
+            "seconds": record["seconds"],
+        }
+        for record in records
+        if "difference" in record
+    )
+    ours = live[live["model"].isin({record["model"] for record in records})].rename(
+        columns={
+            "held_out_points": "points",
+            "latency_ratio": "latency",
+            "whole_seconds": "seconds",
+        }
+    )
+    names = {"quantune": "`tune`, preset `quantune`", "rule of thumb": "rule of thumb"}
+    ours = ours[ours["method"].isin(names)].replace({"method": names})
+    rows = []
+    for method, chosen in pd.concat([ours, found]).groupby("method", sort=False):
+        latency = float(np.exp(np.log(chosen["latency"].astype(float)).mean()))
+        rows.append(
+            f"| {method} | {len(chosen)} | {chosen['points'].mean():.2f} "
+            f"| {chosen['points'].min():.1f} | {chosen['agreement'].mean():.3f} "
+            f"| {chosen['agreement'].min():.3f} | {latency:.2f} | {chosen['seconds'].sum():.0f} |"
+        )
+    return [
+        "## All models",
+        "",
+        "Means over the models that a peer quantized (of the latency the geometric one), on the",
+        "inputs that nothing was chosen by; `seconds` of all searches together. `tune` and the",
+        "rule of thumb are those of [live](../live/README.md).",
+        "",
+        "| | models | held out, points | worst | agreement | worst | latency | seconds |",
+        "| --- |" + " --- |" * 7,
+        *rows,
+        "",
+    ]
 
 
 def row(record: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
@@ -129,10 +130,22 @@ def test_a_record_becomes_a_row(task: Task, quantized: bytes, tmp_path: Path) ->
     records = [json.loads(p.read_text()) for p in sorted((tmp_path / "runs").glob("*.json"))]
     assert [record["peer"] for record in records] == ["broken", "tool"]
     records[1] |= finished_model.describe(task, run.model)
-    collect_peers.write(records, tmp_path / "results")
+    live = pd.DataFrame(
+        {
+            "model": ["toy", "toy", "other"],
+            "method": ["quantune", "random", "quantune"],
+            "held_out_points": [-0.5, 0.0, 0.0],
+            "agreement": [0.9, 0.8, 0.8],
+            "latency_ratio": [0.5, 0.6, 0.6],
+            "whole_seconds": [7.0, 8.0, 8.0],
+        }
+    )
+    collect_peers.write(records, tmp_path / "results", live)
     text = (tmp_path / "results" / "README.md").read_text()
     assert f"| tool | 1 | {records[1]['seconds']:.0f} | {accuracy:.4f} |" in text
     assert "ValueError: a / b |" in text
+    assert "| `tune`, preset `quantune` | 1 | -0.50 | -0.5 | 0.900 | 0.900 | 0.50 | 7 |" in text
+    assert "| random |" not in text
     assert (tmp_path / "results" / "toy.png").is_file()
     assert records[1]["versions"] == {"numpy": np.__version__}
     assert installed_mb() > 10
