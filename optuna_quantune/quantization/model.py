@@ -191,6 +191,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             node.name = name
             taken.add(name)
     _separate_biases(proto.graph)
+    _flatten_biases(proto.graph)
     return proto
 
 
@@ -210,6 +211,20 @@ def _separate_biases(graph: onnx.GraphProto) -> None:
             copy.CopyFrom(constants[bias])
             copy.name = f"{bias}__of__{node.name}"
             node.input[2] = copy.name
+
+
+def _flatten_biases(graph: onnx.GraphProto) -> None:
+    """Gives the bias of each Gemm one axis; ONNX Runtime cannot quantize one of shape (1, n)."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[1] in constants:
+            bias = constants.get(node.input[2])
+            outputs = constants[node.input[1]].dims[0 if attribute_of(node, "transB", 0) else 1]
+            if bias is not None and tuple(bias.dims) != (outputs,):
+                values = numpy_helper.to_array(bias)
+                if values.size == (values.shape or (1,))[-1] and values.size in (1, outputs):
+                    flat = np.broadcast_to(values.reshape(-1), (outputs,)).copy()
+                    bias.CopyFrom(numpy_helper.from_array(flat, bias.name))
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 `quantize_static` is run once with placeholder ranges. What it decides (which tensors carry Q/DQ
 pairs, which of them share parameters, which constants are stored as integers) does not depend on
-the ranges, so every configuration fills its own numbers into the same graph. A run of
-`quantize_static` takes 1.5 s for MobileNetV2, filling a few hundredths.
+the ranges, so every configuration fills its own numbers into the same graph. Nor does it depend on
+the weights, whose channels `quantize_static` goes through one by one: it is given two channels of
+each. So it takes 0.3 s for MobileNetV2 instead of 1.4, and filling a few hundredths.
 
 Nodes that stay in float lose their pairs afterwards (`keep_float`), as with the option
 ``nodes_to_exclude``, but for three things in which that loses accuracy or time: a float node reads
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from collections.abc import Set
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from typing import Literal
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization import QuantFormat
 from onnxruntime.quantization import quantize_static
@@ -36,6 +39,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.registry import QDQRegistry
 from onnxruntime.quantization.registry import QLinearOpsRegistry
 
+from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
@@ -132,7 +136,8 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
         float_nodes: What stays in float (`keep_float`).
 
     Raises:
-        InputError: If no node or output has one of these names.
+        InputError: If no node or output has one of these names, or ONNX Runtime cannot quantize
+            the model.
     """
     quantized = _run_quantize_static(model)
     graph = quantized.graph
@@ -339,6 +344,56 @@ def _without_unused(
 
 
 def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
+    """The Q/DQ model with placeholder ranges; its weights stand for nothing.
+
+    Raises:
+        InputError: If ONNX Runtime cannot quantize the model.
+    """
+    try:
+        quantized = _quantize_static(model, _with_two_channels(model))
+    except Exception:  # perhaps shape inference stumbled over the missing channels
+        try:
+            quantized = _quantize_static(model, copy_of(model.proto))
+        except Exception as error:  # ONNX Runtime raises whatever happens
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"model {model.path}: ONNX Runtime cannot quantize it ({reason})"
+            ) from error
+    refill(quantized.graph.value_info, model.proto.graph.value_info)
+    refill(quantized.graph.output, model.proto.graph.output)
+    sort_nodes(quantized.graph)  # ONNX Runtime does not look into the branches of an If
+    return quantized
+
+
+def _with_two_channels(model: FloatModel) -> onnx.ModelProto:
+    """The float model with the first two channels only of all weights and biases of its layers.
+
+    Two, because one would be a scale for the whole weight. What anything else reads stays whole.
+    """
+    proto = copy_of(model.proto)
+    cut: dict[str, tuple[int, int]] = {}
+    read_by_layers: Counter[str] = Counter()
+    for layer in model.layers:
+        channels = model.weights[layer.weight].shape[layer.channel_axis]
+        for name, axis in ((layer.weight, layer.channel_axis), (layer.bias, -1)):
+            if name is not None:
+                read_by_layers[name] += 1
+                cut[name] = axis, channels
+    read = Counter(name for node in proto.graph.node for name in reads(node))
+    for tensor in proto.graph.initializer:
+        axis, channels = cut.get(tensor.name, (0, 0))
+        if channels > 2 and read[tensor.name] == read_by_layers[tensor.name]:
+            values = model.weights[tensor.name]
+            if values.ndim and values.shape[axis] == channels:
+                few = np.ascontiguousarray(values.take([0, 1], axis))
+                tensor.CopyFrom(numpy_helper.from_array(few, tensor.name))
+    # Some exporters say the shapes of constants, too.
+    values_info = (value for value in proto.graph.value_info if value.name not in cut)
+    refill(proto.graph.value_info, values_info)
+    return proto
+
+
+def _quantize_static(model: FloatModel, proto: onnx.ModelProto) -> onnx.ModelProto:
     graph = model.proto.graph
     tensors = [name for node in graph.node for name in node.output if name]
     tensors += [spec.name for spec in model.inputs]
@@ -352,7 +407,7 @@ def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
         logging.root.setLevel(logging.ERROR)  # it advises a pre-processing that was done already
         try:
             quantize_static(
-                copy_of(model.proto),
+                proto,
                 str(output),
                 None,
                 quant_format=QuantFormat.QDQ,
@@ -365,9 +420,7 @@ def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
             )
         finally:
             logging.root.setLevel(level)
-        quantized = onnx.load(output)
-    sort_nodes(quantized.graph)  # ONNX Runtime does not look into the branches of an If
-    return quantized
+        return onnx.load(output)
 
 
 def statistics_sources(

@@ -12,6 +12,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
 
 
@@ -54,6 +55,19 @@ def test_outputs_without_a_type_get_one(tmp_path: Path) -> None:
     onnx.save(model, path)
     (output,) = load_float_model(path).outputs
     assert (output.name, output.shape) == ("y", (1, 3))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1), (1,), ()])
+def test_a_bias_of_any_shape_that_spreads_has_one_axis(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """ONNX Runtime's quantization fails on the others."""
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="layer")
+    bias = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape) + 1.0
+    constants = {"w": np.ones((4, 3)), "b": bias}
+    model = load_float_model(save_graph(tmp_path, [node], constants, [1, 4], [1, 3]))
+    np.testing.assert_array_equal(model.weights["b"], np.broadcast_to(bias.reshape(-1), 3))
+    place(model)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

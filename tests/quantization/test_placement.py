@@ -22,7 +22,9 @@ from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.calibrate import TensorsData
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization import placement
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
@@ -279,3 +281,72 @@ def test_parts_of_a_concat_have_the_steps_of_its_result(
     result = scales[behind.input[1]]
     parts = [scales[writers[name].input[1]] for name in join.input]
     assert (parts[0] == result and parts[1] == result) == shared
+
+
+def tied(folder: Path) -> Path:
+    """A weight that is an operand, too, one of two layers, and biases of several shapes."""
+    rng = np.random.default_rng(0)
+
+    def constant(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
+
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first", pads=[1] * 4),
+        make("Relu", ["a"], ["r"], "relu"),
+        make("Conv", ["r", "shared", "c"], ["d"], "second"),
+        make("Conv", ["d", "shared"], ["e"], "third"),
+        make("GlobalAveragePool", ["e"], ["p"], "pool"),
+        make("Flatten", ["p"], ["f"], "flatten"),
+        make("Gemm", ["f", "v", "row"], ["g"], "gemm"),
+        make("MatMul", ["g", "operand"], ["h"], "matmul"),
+        make("Add", ["h", "operand"], ["y"], "add"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tied",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [5, 5])],
+        [
+            *(constant("w", 6, 3, 3, 3), constant("b", 6), constant("shared", 6, 6, 1, 1)),
+            *(constant("c", 6), constant("v", 6, 5), constant("row", 1, 5)),
+            constant("operand", 5, 5),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, folder / "tied.onnx")
+    return folder / "tied.onnx"
+
+
+@pytest.mark.parametrize("which", ["toy", "tied"])
+def test_two_channels_of_each_weight_tell_where_the_pairs_go(
+    which: str, float_model: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = float_model if which == "toy" else load_float_model(tied(tmp_path))
+    few = placement._with_two_channels(model)
+    shapes = {tensor.name: list(tensor.dims) for tensor in few.graph.initializer}
+    if which == "toy":
+        assert {shape[0] for name, shape in shapes.items() if "weight" in name} == {2}
+    else:
+        assert shapes["w"] == [2, 3, 3, 3]
+        assert shapes["shared"] == [2, 6, 1, 1]
+        assert shapes["row"] == [2]
+        assert shapes["operand"] == [5, 5]
+    found = place(model)
+    monkeypatch.setattr(placement, "_with_two_channels", lambda model: copy_of(model.proto))
+    whole = place(model)
+    assert found.template.SerializeToString(deterministic=True) == (
+        whole.template.SerializeToString(deterministic=True)
+    )
+    assert (found.activations, found.constants) == (whole.activations, whole.constants)
+
+
+def test_what_onnxruntime_cannot_quantize_is_said(
+    float_model: FloatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ValueError("The truth value is ambiguous.\nUse a.any()")
+
+    monkeypatch.setattr(placement, "quantize_static", fail)
+    with pytest.raises(InputError, match=r"cannot quantize it \(The truth value is ambiguous\.\)"):
+        place(float_model)
