@@ -146,6 +146,25 @@ def test_noise_is_predicted_for_several_outputs(detector: Path) -> None:
         assert measured.measurement.sqnr_db == pytest.approx(predicted, abs=3.0)
 
 
+@pytest.mark.parametrize("inner", ["h1", "r1", "pooled"])
+def test_an_output_may_be_read_by_what_comes_after_it(
+    detector: Path, inner: str, tmp_path: Path
+) -> None:
+    """The probe runs only what is behind a disturbed tensor; outputs before it stay."""
+    model = onnx.load(detector)
+    model.graph.output.append(helper.make_empty_tensor_value_info(inner))
+    path = tmp_path / "inner.onnx"
+    onnx.save(model, path)
+    inputs = ArrayInputs(INPUTS)
+    objective = QuantizationObjective(
+        path, calibration=inputs, evaluation=inputs, metric="sqnr_db", space=SPACE, cache=None
+    )
+    params = {"granularity": "channel", "clipping": "max", "equalization": False}
+    quantized = objective.quantize(SPACE.config(params)).proto
+    measured = objective.evaluate(quantized).measurement.sqnr_db
+    assert objective.features(params)["predicted_sqnr_db"] == pytest.approx(measured, abs=4.0)
+
+
 def test_the_inputs_of_the_search_and_their_indices_reach_the_metric(detector: Path) -> None:
     many = {name: np.concatenate([array] * 7) for name, array in INPUTS.items()}
     truth = run_model(detector, many)["boxes"]

@@ -302,8 +302,10 @@ class _Part:
         feed = {name: values[name] for name in self.inputs}
         feed |= {_error(name): np.zeros(1, dtype=np.float32) for name in self.added}
         feed |= {_error(tensor): error} if tensor in self.added else {tensor: feed[tensor] + error}
-        outputs: list[NDArray[np.float32]] = self.session.run(list(names), feed)
-        return outputs
+        written = [output.name for output in self.session.get_outputs()]
+        results = dict(zip(written, self.session.run(written, feed), strict=True))
+        # An output that is written before the cut changes only if it is what is disturbed.
+        return [results.get(name, feed.get(name, values[name])) for name in names]
 
 
 def _cuts(model: FloatModel, tensors: set[str]) -> list[tuple[int, tuple[str, ...]]]:

@@ -23,6 +23,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import reads
+from optuna_quantune.quantization.graph import refill
 
 
 WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -191,7 +192,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             node.name = name
             taken.add(name)
     _separate_biases(proto.graph)
-    _flatten_biases(proto.graph)
+    _make_gemms_plain(proto.graph)
     return proto
 
 
@@ -213,18 +214,38 @@ def _separate_biases(graph: onnx.GraphProto) -> None:
             node.input[2] = copy.name
 
 
-def _flatten_biases(graph: onnx.GraphProto) -> None:
-    """Gives the bias of each Gemm one axis; ONNX Runtime cannot quantize one of shape (1, n)."""
+def _make_gemms_plain(graph: onnx.GraphProto) -> None:
+    """Puts the factors of each Gemm into its constants, and gives its bias one axis.
+
+    ONNX Runtime does the former for the bias when it quantizes it, and cannot quantize a bias of
+    shape (1, n).
+    """
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    count = Counter(name for node in graph.node for name in reads(node))
     for node in graph.node:
-        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[1] in constants:
-            bias = constants.get(node.input[2])
-            outputs = constants[node.input[1]].dims[0 if attribute_of(node, "transB", 0) else 1]
-            if bias is not None and tuple(bias.dims) != (outputs,):
-                values = numpy_helper.to_array(bias)
-                if values.size == (values.shape or (1,))[-1] and values.size in (1, outputs):
-                    flat = np.broadcast_to(values.reshape(-1), (outputs,)).copy()
-                    bias.CopyFrom(numpy_helper.from_array(flat, bias.name))
+        if node.op_type != "Gemm":
+            continue
+        for position, factor in ((1, "alpha"), (2, "beta")):
+            name = node.input[position] if len(node.input) > position else ""
+            scale = np.float32(attribute_of(node, factor, 1.0))
+            if name not in constants or scale == 1.0:
+                continue
+            values = numpy_helper.to_array(constants[name])
+            if count[name] > 1:
+                count[name] -= 1
+                name = node.input[position] = f"{name}__of__{node.name}"
+                constants[name] = graph.initializer.add()
+            scaled = (scale * values).astype(values.dtype)
+            constants[name].CopyFrom(numpy_helper.from_array(scaled, name))
+            refill(node.attribute, (a for a in node.attribute if a.name != factor))
+        weight, bias = (constants.get(name) for name in (*node.input[1:], "", "")[:2])
+        if weight is not None and bias is not None:
+            outputs = weight.dims[0 if attribute_of(node, "transB", 0) else 1]
+            values = numpy_helper.to_array(bias)
+            last = values.shape[-1] if values.ndim else 1
+            if values.shape != (outputs,) and values.size == last and last in (1, outputs):
+                flat = np.broadcast_to(values.reshape(-1), (outputs,)).copy()
+                bias.CopyFrom(numpy_helper.from_array(flat, bias.name))
 
 
 @contextlib.contextmanager

@@ -4,16 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper
 from onnx import numpy_helper
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.quantizer import required_activations
 
 
 def test_layers_are_listed_in_order_with_their_tensors(float_model: FloatModel) -> None:
@@ -70,6 +74,33 @@ def test_a_bias_of_any_shape_that_spreads_has_one_axis(
     place(model)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_factors_of_a_gemm_are_in_its_constants(tmp_path: Path, shared: bool) -> None:
+    """ONNX Runtime multiplies the bias when it quantizes it, and says that the factor is 1."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], name="first", alpha=0.5, beta=3.0),
+        helper.make_node("Gemm", ["h", "w" if shared else "v", "b"], ["y"], name="last"),
+    ]
+    constants = {"w": rng.normal(size=(4, 4)), "v": rng.normal(size=(4, 4)), "b": np.ones(4)}
+    path = save_graph(tmp_path, nodes, constants, ["n", 4], ["n", 4])
+    model = load_float_model(path)
+    assert [node.attribute[:] for node in model.proto.graph.node] == [[], []]
+    inputs = rng.normal(size=(64, 4)).astype(np.float32)
+    expected, prepared = (
+        onnxruntime.InferenceSession(m).run(None, {"x": inputs})[0]
+        for m in (str(path), model.proto.SerializeToString())
+    )
+    np.testing.assert_allclose(prepared, expected, rtol=1e-5)
+    statistics = calibrate(
+        model, ArrayInputs({"x": inputs}), required_activations(place(model)), sizes=("all",)
+    )
+    quantized = Quantizer(model, statistics).quantize(QuantizationConfig()).proto
+    session = onnxruntime.InferenceSession(quantized.SerializeToString())
+    difference = session.run(None, {"x": inputs})[0] - expected
+    assert np.sum(difference**2) < 1e-3 * np.sum(expected**2)
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model .*nowhere\.onnx: no such file"):
         load_float_model(tmp_path / "nowhere.onnx")
@@ -110,8 +141,8 @@ def save_graph(
     folder: Path,
     nodes: list[onnx.NodeProto],
     constants: dict[str, np.ndarray],
-    input_shape: list[int],
-    output_shape: list[int],
+    input_shape: list[int | str],
+    output_shape: list[int | str],
     opset: int = 17,
 ) -> Path:
     graph = helper.make_graph(
