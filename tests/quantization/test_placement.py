@@ -203,6 +203,48 @@ def test_normalization_that_cannot_be_folded_is_quantized(
     assert 10 * np.log10(np.square(reference).mean() / noise) > 20
 
 
+@pytest.mark.parametrize(("mode", "as_onnxruntime"), [("nearest", True), ("cubic", False)])
+def test_what_interpolates_has_steps_of_its_own(
+    mode: str,
+    as_onnxruntime: bool,
+    make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
+    run: Run,
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    constants = {
+        "first": rng.normal(size=(4, 4, 3, 3)),
+        "sizes": np.array([1, 1, 2, 2]),
+        "second": rng.normal(size=(3, 4, 1, 1)),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["input", "first"], ["before"], "conv"),
+            helper.make_node("Relu", ["before"], ["rectified"], "relu"),
+            helper.make_node("Resize", ["rectified", "", "sizes"], ["larger"], "up", mode=mode),
+            helper.make_node("Conv", ["larger", "second"], ["output"], "last"),
+        ],
+        "upsampling",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 4, 8, 8])],
+        [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["n", 3, 12, 12])],
+        [numpy_helper.from_array(v.astype(np.float32), name) for name, v in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(proto, tmp_path / "model.onnx")
+    inputs = rng.normal(size=(32, 4, 8, 8)).astype(np.float32)
+    model = load_float_model(tmp_path / "model.onnx")
+    quantized = make_quantizer(model, inputs).quantize(QuantizationConfig()).proto
+    steps = {n.input[0]: n.input[1] for n in quantized.graph.node if n.op_type == "QuantizeLinear"}
+    assert (steps["larger"] == steps["before"]) is as_onnxruntime
+    # Cubic interpolation of what is never negative is negative here and there.
+    values = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    zero_point = steps["larger"].replace("_scale", "_zero_point")
+    assert (numpy_helper.to_array(values[zero_point]) == 0) == as_onnxruntime
+    reference = run(model.proto, inputs)
+    noise = np.square(run(quantized, inputs) - reference).mean()
+    assert 10 * np.log10(np.square(reference).mean() / noise) > 30
+
+
 def test_a_float_layer_between_quantized_ones_stays_float_when_it_is_loaded(
     quantizer: Quantizer,
     monkeypatch: pytest.MonkeyPatch,
