@@ -26,6 +26,7 @@ from optuna_quantune.quantization.quantizer import QuantizedModel
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
 from optuna_quantune.quantization.sensitivity import float_order
+from optuna_quantune.quantization.weight_rounding import WeightRounding
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
 
@@ -115,6 +116,7 @@ class Builder:
             statistics,
             representation=self._target.representation,
             bias_correction=BiasCorrection(model, self._calibration),
+            weight_rounding=WeightRounding(model, self._calibration),
             equalized=equalized,
             placement=placements[0],
         )

@@ -26,6 +26,7 @@ from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import Clipping
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import WeightClipping
+from optuna_quantune.quantization.config import WeightRounding
 from optuna_quantune.quantization.sensitivity import LONGEST_ORDER
 
 
@@ -39,12 +40,13 @@ _QUANTUNE: Final[Mapping[str, Sequence[Any]]] = MappingProxyType(
         "mixed_precision": ("none", "first_last"),
     }
 )
-# With every clipping, sensitive layers in float and the corrections: 139,776 configurations.
+# With every clipping, sensitive layers in float and the corrections: 279,552 configurations.
 _EXTENDED: Final[Mapping[str, Sequence[Any]]] = MappingProxyType(
     {
         **_QUANTUNE,
         "clipping": get_args(Clipping),
         "weight_clipping": get_args(WeightClipping),
+        "weight_rounding": get_args(WeightRounding),
         "float_layers": tuple(range(LONGEST_ORDER + 1)),
         "activation_bits": get_args(ActivationBits),
         "zero_dead_weights": (False, True),

@@ -27,6 +27,7 @@ Clipping = Literal[
     "mse",
 ]
 WeightClipping = Literal["max", "mse"]
+WeightRounding = Literal["nearest", "compensated"]
 Granularity = Literal["tensor", "channel"]
 MixedPrecision = Literal["none", "first_last"]
 ActivationBits = Literal[8, 16]
@@ -52,6 +53,9 @@ class QuantizationConfig:
             zero lie inside) or ``mse`` (least mean squared quantization error).
         weight_clipping: How a weight becomes a range: ``max`` (smallest to largest value) or
             ``mse`` (least squared error of the weight, `weight_clipping.py`).
+        weight_rounding: How a weight becomes integers: each by itself (``nearest``), or so that
+            errors make up for each other in the layer's output (``compensated``,
+            `weight_rounding.py`).
         granularity: One scale for a whole weight (``tensor``) or one for each output channel
             (``channel``). Activations always have one scale.
         mixed_precision: Which layers stay in float: ``none``, or the first and the last
@@ -75,6 +79,7 @@ class QuantizationConfig:
     scheme: Scheme = "asymmetric"
     clipping: Clipping = "max"
     weight_clipping: WeightClipping = "max"
+    weight_rounding: WeightRounding = "nearest"
     granularity: Granularity = "channel"
     mixed_precision: MixedPrecision = "none"
     float_layers: int = 0

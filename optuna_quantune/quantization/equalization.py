@@ -90,9 +90,10 @@ def equalize(model: FloatModel, inputs: CalibrationInputs) -> FloatModel:
             continue
         written, read = factors[links.written[layer.name]], factors[links.read[layer.name]]
         weight = model.weights[layer.weight]
-        matrix = (_as_matrix(layer, weight) * written[:, None, None]).astype(np.float32)
-        _by_group(layer, matrix)[:] /= read.reshape(layer.groups, 1, -1, 1)
-        scaled[layer.weight] = _from_matrix(layer, matrix, weight.shape)
+        groups = layer.groups
+        parts = layer.by_group(weight) * written.reshape(groups, -1, 1, 1)
+        parts = parts.astype(np.float32) / read.reshape(groups, 1, -1, 1)
+        scaled[layer.weight] = layer.from_groups(parts.astype(np.float32), weight.shape)
         if layer.bias is not None:
             bias = model.weights[layer.bias]
             scaled[layer.bias] = (bias * written.reshape(bias.shape)).astype(np.float32)
@@ -267,9 +268,9 @@ def _factors(
     weights = np.zeros(links.count)
     for layer in model.layers:
         if layer.name in links.read:
-            matrix = np.abs(_as_matrix(layer, model.weights[layer.weight])).max(axis=2)
-            rows = np.maximum(matrix.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-            columns = _by_group(layer, matrix / rows).max(axis=1).reshape(-1)
+            parts = np.abs(layer.by_group(model.weights[layer.weight])).max(axis=3)
+            rows = np.maximum(parts.max(axis=2, keepdims=True), np.finfo(np.float32).tiny)
+            columns = (parts / rows).max(axis=1).reshape(-1)
             np.maximum.at(weights, links.read[layer.name], columns)
     free = (reach > 0.0) & (weights > 0.0)
     free[_FIXED] = False
@@ -316,26 +317,6 @@ def _widths(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int]:
     if layer.op_type == "Conv":
         return shape[0], shape[1] * layer.groups
     return shape[layer.channel_axis], shape[1 - layer.channel_axis]
-
-
-def _as_matrix(layer: Layer, weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A weight as (output channels, input channels of a group, taps)."""
-    if layer.op_type == "Gemm":
-        return np.moveaxis(weight, layer.channel_axis, 0)[:, :, None]
-    return weight.reshape(*weight.shape[:2], -1)
-
-
-def _from_matrix(
-    layer: Layer, matrix: NDArray[np.float32], shape: tuple[int, ...]
-) -> NDArray[np.float32]:
-    if layer.op_type == "Gemm":
-        return np.ascontiguousarray(np.moveaxis(matrix[:, :, 0], 0, layer.channel_axis))
-    return matrix.reshape(shape)
-
-
-def _by_group(layer: Layer, matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A view of a matrix as (groups, output channels of a group, ...)."""
-    return matrix.reshape(layer.groups, -1, *matrix.shape[1:])
 
 
 def _fixed(shape: tuple[int, ...] | None) -> Channels:

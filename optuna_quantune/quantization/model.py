@@ -9,8 +9,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from typing import Final
 
 import numpy as np
@@ -68,6 +70,27 @@ class Layer:
     bias: str | None
     channel_axis: int
     groups: int
+
+    def by_group(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """The weight as (groups, output channels and input channels of a group, taps)."""
+        if self.op_type == "Conv":
+            outputs, inputs = weight.shape[:2]
+            return weight.reshape(self.groups, outputs // self.groups, inputs, -1)
+        if self.op_type == "ConvTranspose":
+            inputs, outputs = weight.shape[:2]
+            parts = weight.reshape(self.groups, inputs // self.groups, outputs, -1)
+            return parts.swapaxes(1, 2)
+        inputs_last = np.moveaxis(weight, self.channel_axis, 0)
+        return inputs_last.reshape(1, inputs_last.shape[0], -1, 1)
+
+    def from_groups(self, parts: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+        """What `by_group` gave, in the shape of the weight again."""
+        if self.op_type == "Conv":
+            return parts.reshape(shape)
+        if self.op_type == "ConvTranspose":
+            return parts.swapaxes(1, 2).reshape(shape)
+        matrix = np.moveaxis(parts.reshape(parts.shape[1:3]), 0, self.channel_axis)
+        return np.ascontiguousarray(matrix)
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,7 @@ class NoiseModel:
         key = replace(
             config,
             weight_clipping="max",
+            weight_rounding="nearest",
             bias_correction=False,
             float_layers=0,
             zero_dead_weights=False,
@@ -261,6 +262,7 @@ class NoiseModel:
             config,
             granularity="channel",
             weight_clipping="max",
+            weight_rounding="nearest",
             bias_correction=False,
             mixed_precision="none",
             float_layers=0,
@@ -313,7 +315,8 @@ class NoiseModel:
             if name in constants:
                 varying, shift = self._layer_error(layer, constants[name])
                 corrected = config.bias_correction and layer.bias is not None
-                errors[name] = varying if corrected else varying + shift
+                error = varying if corrected else varying + shift
+                errors[name] = error * self._quantizer.share_left(layer, config)
         return errors
 
     def _layer_error(
@@ -386,26 +389,13 @@ def layer_error(
         The error about the shift of each channel, and that of the shifts, which a corrected bias
         takes away.
     """
-    grouped = _by_group(layer, weight_error)
+    grouped = layer.by_group(weight_error)
     groups, _, inputs, _ = grouped.shape
     mean = channel_mean.reshape(groups, inputs, 1)
     variance = np.maximum(channel_power - channel_mean**2, 0.0).reshape(groups, inputs, 1)
     varying = np.einsum("goit,goit->goi", grouped, grouped) @ variance
     shift = grouped.sum(axis=3) @ mean
     return float(np.mean(varying)), float(np.mean(np.square(shift)))
-
-
-def _by_group(layer: Layer, weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A weight as (groups, output channels of a group, input channels of a group, taps)."""
-    if layer.op_type == "Conv":
-        outputs, inputs = weight.shape[:2]
-        return weight.reshape(layer.groups, outputs // layer.groups, inputs, -1)
-    if layer.op_type == "ConvTranspose":
-        inputs, outputs = weight.shape[:2]
-        parts = weight.reshape(layer.groups, inputs // layer.groups, outputs, -1)
-        return parts.swapaxes(1, 2)
-    inputs_last = np.moveaxis(weight, layer.channel_axis, 0)
-    return inputs_last.reshape(1, inputs_last.shape[0], -1, 1)
 
 
 def _decibels(noise_to_signal: float) -> float:

@@ -53,6 +53,7 @@ from optuna_quantune.quantization.scheme import choose_parameters
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.scheme import widen_for_bias
 from optuna_quantune.quantization.weight_clipping import least_error_range
+from optuna_quantune.quantization.weight_rounding import WeightRounding
 
 
 # Lower and upper ends, of shape () or (channels,).
@@ -133,6 +134,8 @@ class Quantizer:
         representation: How the device wants quantized tensors written.
         bias_correction: What configurations with the knob ``bias_correction`` take their biases
             from.
+        weight_rounding: What the weights of configurations with the knob ``weight_rounding`` at
+            ``compensated`` are rounded by.
         equalized: Whether `model` is what `equalization.equalize` gave: the only value of the knob
             ``equalization`` that this quantizer can build.
         placement: `place(model)`, if it is at hand; otherwise asked for when it is needed.
@@ -149,6 +152,7 @@ class Quantizer:
         *,
         representation: Representation = DEFAULT_REPRESENTATION,
         bias_correction: BiasCorrection | None = None,
+        weight_rounding: WeightRounding | None = None,
         equalized: bool = False,
         placement: Placement | None = None,
     ) -> None:
@@ -158,6 +162,7 @@ class Quantizer:
         self.equalized = equalized
         self.float_order: Sequence[tuple[str, ...]] | None = None
         self._bias_correction = bias_correction
+        self._weight_rounding = weight_rounding
         self._placements: dict[tuple[tuple[str, ...], Fusion], Placement] = {}
         if placement is not None:
             self._placements[(), "runtime"] = placement
@@ -205,8 +210,8 @@ class Quantizer:
         """Builds the Q/DQ model of a configuration.
 
         Raises:
-            InputError: As `plan` does, and if the configuration asks for a bias correction and the
-                quantizer was given none.
+            InputError: As `plan` does, and if the configuration asks for a bias correction or a
+                rounding of weights that the quantizer was not given.
         """
         plan = self.plan(config)
         placement = self.placement(plan.float_layers, config.fusion)
@@ -226,9 +231,14 @@ class Quantizer:
                     ),
                 ]
             )
+        integers = {
+            site.tensor: self._integers(site, plan.constants[site.tensor], config)
+            for site in placement.constants
+            if site.kind != "bias"
+        }
         corrected: Mapping[str, NDArray[np.float32]] = {}
         if config.bias_correction:
-            corrected = self._corrected_biases(placement, plan.constants)
+            corrected = self._corrected_biases(placement, plan.constants, integers)
         for site in placement.constants:
             if site.kind == "bias":
                 bias = corrected.get(site.quantized, self._constants[site.tensor])
@@ -238,8 +248,9 @@ class Quantizer:
                     proto.graph.initializer.extend(self._bias(site, bias, plan, by_scale))
             else:
                 parameters = plan.constants[site.tensor]
-                values = self._values(site, config)
-                proto.graph.initializer.extend(self._constant(site, values, parameters))
+                proto.graph.initializer.extend(
+                    self._constant(site, integers[site.tensor], parameters)
+                )
         _match_axes(proto.graph, placement, plan)
         if config.fusion != "off":
             _remove_implied_activations(proto.graph, by_scale)
@@ -289,13 +300,48 @@ class Quantizer:
     def weight_error(
         self, layer: Layer, parameters: QuantizationParameters
     ) -> NDArray[np.float32]:
-        """What the integers of a layer's weight stand for, minus the float weight."""
+        """What a layer's weight loses by rounding to the nearest integers: these minus it."""
         weight = self.model.weights[layer.weight]
         axis = layer.channel_axis if parameters.scale.ndim else None
         return parameters.dequantize(parameters.quantize(weight, axis), axis) - weight
 
+    def share_left(self, layer: Layer, config: QuantizationConfig) -> float:
+        """Which share of that error's power in the output `config` is expected to leave.
+
+        Raises:
+            InputError: If the configuration asks for a rounding that the quantizer was not given.
+        """
+        if config.weight_rounding == "nearest":
+            return 1.0
+        about_mean = config.bias_correction and layer.bias is not None
+        return self._given_rounding().share_left(layer, about_mean=about_mean)
+
+    def _given_rounding(self) -> WeightRounding:
+        if self._weight_rounding is None:
+            raise InputError(
+                "knob 'weight_rounding': this quantizer was given no inputs to compensate on; "
+                "give it a WeightRounding"
+            )
+        return self._weight_rounding
+
+    def _integers(
+        self, site: ConstantSite, parameters: QuantizationParameters, config: QuantizationConfig
+    ) -> NDArray[np.int32]:
+        """A constant as integers."""
+        values = self._values(site, config)
+        if site.tensor in self._layers and config.weight_rounding == "compensated":
+            layer = self._layers[site.tensor]
+            about_mean = config.bias_correction and layer.bias is not None
+            return self._given_rounding().integers(
+                layer, values, parameters, about_mean=about_mean
+            )
+        return parameters.quantize(values, site.axis if parameters.scale.ndim else None)
+
     def _corrected_biases(
-        self, placement: Placement, constants: Mapping[str, QuantizationParameters]
+        self,
+        placement: Placement,
+        constants: Mapping[str, QuantizationParameters],
+        integers: Mapping[str, NDArray[np.int32]],
     ) -> dict[str, NDArray[np.float32]]:
         """The float biases that the knob ``bias_correction`` wants, by integer initializer."""
         if self._bias_correction is None:
@@ -305,7 +351,8 @@ class Quantizer:
             )
         shifts = self._bias_correction.shifts(
             {
-                layer.name: self.weight_error(layer, constants[layer.weight])
+                layer.name: self._stored_weight(layer, constants, integers)
+                - self.model.weights[layer.weight]
                 for layer in self.model.layers
                 if layer.weight in constants
             }
@@ -317,6 +364,17 @@ class Quantizer:
                 bias, shift = self._constants[site.tensor], shifts[readers[site.quantized]]
                 corrected[site.quantized] = bias - shift.reshape(bias.shape)
         return corrected
+
+    def _stored_weight(
+        self,
+        layer: Layer,
+        constants: Mapping[str, QuantizationParameters],
+        integers: Mapping[str, NDArray[np.int32]],
+    ) -> NDArray[np.float32]:
+        """What the integers of a layer's weight stand for."""
+        parameters = constants[layer.weight]
+        axis = layer.channel_axis if parameters.scale.ndim else None
+        return parameters.dequantize(integers[layer.weight], axis)
 
     def clipping_ranges(self) -> dict[str, tuple[float, float]]:
         """For each activation with statistics the range that clips it on all inputs."""
@@ -382,10 +440,8 @@ class Quantizer:
         return self._weight_ranges[key]
 
     def _constant(
-        self, site: ConstantSite, values: NDArray[Any], parameters: QuantizationParameters
+        self, site: ConstantSite, integers: NDArray[np.int32], parameters: QuantizationParameters
     ) -> list[onnx.TensorProto]:
-        axis = site.axis if parameters.scale.ndim else None
-        integers = parameters.quantize(values, axis)
         scale = numpy_helper.from_array(parameters.scale, site.scale)
         if site.kind == "other":  # an operand of an elementwise node is stored as activations are
             return [
@@ -449,6 +505,11 @@ class Quantizer:
         """Which integers weights may be."""
         representation = self.representation
         return {"bits": representation.weight_bits, "narrow": representation.narrow_weights}
+
+    @cached_property
+    def _layers(self) -> dict[str, Layer]:
+        """The layer, or one of the layers, that have each weight."""
+        return {layer.weight: layer for layer in self.model.layers}
 
     @cached_property
     def _live_weights(self) -> dict[str, NDArray[np.float32]]:

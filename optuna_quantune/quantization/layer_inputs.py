@@ -1,0 +1,208 @@
+"""Second moments of what each layer multiplies with its weight.
+
+A layer's output is a product of its weight, as a matrix, and of the vectors that it reads: the
+windows of a convolution, the rows of a matrix. An error E in the weight makes an error in the
+output that has the power tr(E S Eᵀ), where S is the mean of x xᵀ over these vectors x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from typing import Final
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from optuna_quantune.quantization.calibration import CalibrationInputs
+from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import with_outputs
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.session import make_session
+
+
+# Inputs that moments are taken from, and windows of each at most.
+MOMENT_INPUTS: Final = 32
+_WINDOWS: Final = 256
+# Inputs that are run at a time.
+_BATCH: Final = 4
+# Layers that read longer vectors are left out: their moments would take over 20 MiB, and with the
+# triangles made of them seconds.
+LONGEST_VECTOR: Final = 2304
+_MATRIX_OPS: Final = ("Gemm", "MatMul")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the vectors that the layers with one weight read.
+
+    Attributes:
+        power: Mean of x xᵀ, shape (groups, values, values).
+        mean: Mean of x for each of the layers, shape (layers, groups, values).
+        share: Which share of the vectors each layer reads, shape (layers,).
+        number: How many vectors there were for each group.
+    """
+
+    power: NDArray[np.float32]
+    mean: NDArray[np.float32]
+    share: NDArray[np.float32]
+    number: int
+
+    def about_mean(self) -> NDArray[np.float32]:
+        """The covariances, shape (groups, values, values)."""
+        squares = np.einsum("l,lgi,lgj->gij", self.share, self.mean, self.mean, optimize=True)
+        covariance: NDArray[np.float32] = self.power - squares
+        return covariance
+
+
+def input_moments(
+    model: FloatModel, inputs: CalibrationInputs, *, windows: int = _WINDOWS
+) -> dict[str, Moments]:
+    """Runs the float model and collects moments of the inputs of its layers.
+
+    Args:
+        model: The prepared float model.
+        inputs: The calibration inputs; the first `MOMENT_INPUTS` are used.
+        windows: How many windows of a convolution are taken of each input at most, evenly spread
+            by chance.
+
+    Returns:
+        By weight, for Conv, Gemm and MatMul whose vectors have at most `LONGEST_VECTOR` values.
+    """
+    nodes = {node.name: node for node in model.proto.graph.node}
+    layers = [layer for layer in model.layers if _is_matrix(layer, nodes[layer.name], model)]
+    given = {spec.name for spec in model.inputs}
+    names = [n for n in dict.fromkeys(layer.input for layer in layers) if n not in given]
+    session = make_session(with_outputs(model.proto, names))
+    sums = {layer.name: _Sums() for layer in layers}
+    rng = np.random.default_rng(0)
+    batch = _BATCH if model.takes_batches else 1
+    number = min(MOMENT_INPUTS, len(inputs))
+    for feed in inputs.batches(batch, np.arange(number)):
+        found: dict[str, Any] = dict(feed)
+        if names:  # ONNX Runtime takes an empty list for all outputs
+            found |= dict(zip(names, session.run(names, feed), strict=True))
+        for layer in layers:
+            vectors = _vectors(
+                layer, nodes[layer.name], found[layer.input], model.weights, windows, rng
+            )
+            sums[layer.name].add(vectors)
+    return dict(_by_weight(layers, sums))
+
+
+class _Sums:
+    """Of one layer's vectors."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.power: Any = np.float32(0.0)
+        self.total: Any = np.float32(0.0)
+
+    def add(self, vectors: NDArray[np.float32]) -> None:
+        self.number += vectors.shape[1]
+        self.power = self.power + vectors.swapaxes(1, 2) @ vectors
+        self.total = self.total + vectors.sum(axis=1)
+
+
+def _by_weight(
+    layers: Sequence[Layer], sums: Mapping[str, _Sums]
+) -> Iterator[tuple[str, Moments]]:
+    for weight in dict.fromkeys(layer.weight for layer in layers):
+        parts = [sums[layer.name] for layer in layers if layer.weight == weight]
+        number = sum(part.number for part in parts)
+        yield (
+            weight,
+            Moments(
+                sum(part.power for part in parts) / np.float32(number),
+                np.stack([part.total / np.float32(part.number) for part in parts]),
+                np.array([part.number / number for part in parts], dtype=np.float32),
+                number,
+            ),
+        )
+
+
+def _is_matrix(layer: Layer, node: onnx.NodeProto, model: FloatModel) -> bool:
+    weight = model.weights[layer.weight]
+    if layer.op_type in _MATRIX_OPS:
+        length = weight.shape[1 - layer.channel_axis]
+        return length <= LONGEST_VECTOR and not attribute_of(node, "transA", 0)
+    return layer.op_type == "Conv" and weight[0].size <= LONGEST_VECTOR
+
+
+def _vectors(
+    layer: Layer,
+    node: onnx.NodeProto,
+    values: NDArray[np.float32],
+    weights: Mapping[str, NDArray[np.float32]],
+    windows: int,
+    rng: np.random.Generator,
+) -> NDArray[np.float32]:
+    """What a layer multiplies with its weight, shape (groups, vectors, values)."""
+    if layer.op_type in _MATRIX_OPS:
+        rows = values.reshape(-1, values.shape[-1])
+        most = windows * len(values)
+        return rows[None] if len(rows) <= most else rows[None, _some(rng, len(rows), most)]
+    kernel = weights[layer.weight].shape[2:]
+    places, inside = _places(node, kernel, values.shape[2:])
+    chosen = _some(rng, len(places), windows)
+    batch, channels = values.shape[:2]
+    found = values.reshape(batch, channels, -1).take(places[chosen], axis=2)
+    if not inside.all():
+        found *= inside[chosen]
+    grouped = found.reshape(batch, layer.groups, channels // layer.groups, *found.shape[2:])
+    return grouped.transpose(1, 0, 3, 2, 4).reshape(layer.groups, batch * len(chosen), -1)
+
+
+def _places(
+    node: onnx.NodeProto, kernel: Sequence[int], sizes: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where a convolution takes the values of its windows, and which of them are no padding.
+
+    Returns:
+        Numbers in a flat channel, and marks, both of shape (windows, taps).
+    """
+    rank = len(kernel)
+    strides = attribute_of(node, "strides", [1] * rank)
+    dilations = attribute_of(node, "dilations", [1] * rank)
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    before, behind = _padding(node, sizes, reach, strides)
+    flat, inside = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1), dtype=np.bool_)
+    for axis, size in enumerate(sizes):
+        last = before[axis] + size + behind[axis] - reach[axis]
+        starts = np.arange(0, last + 1, strides[axis]) - before[axis]
+        at = starts[:, None] + np.arange(kernel[axis]) * dilations[axis]
+        valid = (at >= 0) & (at < size)
+        numbers = np.clip(at, 0, size - 1)
+        shape = len(flat) * len(at), flat.shape[1] * kernel[axis]
+        spread = flat[:, None, :, None] * size + numbers[None, :, None, :]
+        flat = spread.reshape(shape)
+        inside = (inside[:, None, :, None] & valid[None, :, None, :]).reshape(shape)
+    return flat, inside
+
+
+def _some(rng: np.random.Generator, number: int, most: int) -> NDArray[np.int64]:
+    if number <= most:
+        return np.arange(number)
+    return np.sort(rng.choice(number, most, replace=False))
+
+
+def _padding(
+    node: onnx.NodeProto, sizes: Sequence[int], reach: Sequence[int], strides: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """How many zeros stand before and behind each axis (ONNX ``Conv``, ``pads``, ``auto_pad``)."""
+    rank = len(sizes)
+    way = attribute_of(node, "auto_pad", b"NOTSET")
+    if way in (b"SAME_UPPER", b"SAME_LOWER"):
+        needed = [
+            max(0, (-(-n // s) - 1) * s + r - n)
+            for n, r, s in zip(sizes, reach, strides, strict=True)
+        ]
+        less, more = [n // 2 for n in needed], [n - n // 2 for n in needed]
+        return (less, more) if way == b"SAME_UPPER" else (more, less)
+    pads = attribute_of(node, "pads", [0] * 2 * rank) if way != b"VALID" else [0] * 2 * rank
+    return list(pads[:rank]), list(pads[rank:])
