@@ -22,7 +22,7 @@ def test_the_quantune_preset_is_96_different_configurations() -> None:
 def test_the_extended_preset_holds_the_quantune_preset() -> None:
     space = SearchSpace.preset("extended")
     configs = {space.config(params) for params in space.grid()}
-    assert len(configs) == space.size == 96 // 2 * 7 * 2 * 13 * 2 * 2 * 4
+    assert len(configs) == space.size == 96 // 2 * 7 * 2 * 2 * 13 * 2 * 2 * 4
     quantune = SearchSpace.preset("quantune")
     assert {quantune.config(params) for params in quantune.grid()} < configs
 

@@ -13,8 +13,8 @@ nearest rounding has the moment [i, i]. So what is gained is known before anythi
 Moments of a few inputs show correlations that other inputs do not have. The paper adds 0.01 of the
 mean moment to each; the eigenvalues of moments of n vectors with d values are off by some
 sqrt(d / n) (Marchenko and Pastur 1967), and so much is added here. On MobileNetV2 the layers'
-errors on other inputs shrink by 1.8 dB in the mean instead of 1.6, and what was expected is what
-comes out.
+errors on other inputs shrink by 1.8 dB in the mean instead of 1.6, as was expected of them in the
+mean of the layers.
 """
 
 from __future__ import annotations

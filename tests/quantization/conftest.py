@@ -22,6 +22,7 @@ from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.probe import probe
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
+from optuna_quantune.quantization.weight_rounding import WeightRounding
 
 
 Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
@@ -72,8 +73,13 @@ def toy_probe(
 
 
 def _make_quantizer(model: FloatModel, inputs: NDArray[np.float32]) -> Quantizer:
-    correction = BiasCorrection(model, ArrayInputs({"input": inputs}))
-    return Quantizer(model, statistics_of(model, inputs), bias_correction=correction)
+    source = ArrayInputs({"input": inputs})
+    return Quantizer(
+        model,
+        statistics_of(model, inputs),
+        bias_correction=BiasCorrection(model, source),
+        weight_rounding=WeightRounding(model, source),
+    )
 
 
 @pytest.fixture(scope="session")
