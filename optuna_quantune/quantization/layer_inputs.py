@@ -42,22 +42,23 @@ class Moments:
     """Of the vectors that the layers with one weight read.
 
     Attributes:
-        power: Mean of x xᵀ, shape (groups, values, values).
+        covariance: Mean of (x - mean) (x - mean)ᵀ, where the mean is that of the same layer, shape
+            (groups, values, values).
         mean: Mean of x for each of the layers, shape (layers, groups, values).
         share: Which share of the vectors each layer reads, shape (layers,).
         number: How many vectors there were for each group.
     """
 
-    power: NDArray[np.float32]
+    covariance: NDArray[np.float32]
     mean: NDArray[np.float32]
     share: NDArray[np.float32]
     number: int
 
-    def about_mean(self) -> NDArray[np.float32]:
-        """The covariances, shape (groups, values, values)."""
-        squares = np.einsum("l,lgi,lgj->gij", self.share, self.mean, self.mean, optimize=True)
-        covariance: NDArray[np.float32] = self.power - squares
-        return covariance
+    def power(self) -> NDArray[np.float32]:
+        """Mean of x xᵀ, shape (groups, values, values)."""
+        means = np.moveaxis(self.mean * np.sqrt(self.share)[:, None, None], 0, 2)
+        power: NDArray[np.float32] = self.covariance + means @ means.swapaxes(1, 2)
+        return power
 
 
 def input_moments(
@@ -96,17 +97,34 @@ def input_moments(
 
 
 class _Sums:
-    """Of one layer's vectors."""
+    """Of one layer's vectors, less the mean of the first ones: where values vary little about a
+    large mean, their squares would leave nothing of the covariances.
+    """
 
     def __init__(self) -> None:
         self.number = 0
-        self.power: Any = np.float32(0.0)
-        self.total: Any = np.float32(0.0)
+        self._origin: NDArray[np.float32] | None = None
+        self._power: Any = np.float32(0.0)
+        self._total: Any = np.float32(0.0)
 
     def add(self, vectors: NDArray[np.float32]) -> None:
-        self.number += vectors.shape[1]
-        self.power = self.power + vectors.swapaxes(1, 2) @ vectors
-        self.total = self.total + vectors.sum(axis=1)
+        if self._origin is None:
+            self._origin = vectors.mean(axis=1)
+        off = vectors - self._origin[:, None]
+        self.number += off.shape[1]
+        self._power = self._power + off.swapaxes(1, 2) @ off
+        self._total = self._total + off.sum(axis=1)
+
+    def mean(self) -> NDArray[np.float32]:
+        assert self._origin is not None
+        mean: NDArray[np.float32] = self._origin + self._total / np.float32(self.number)
+        return mean
+
+    def squares(self) -> NDArray[np.float32]:
+        """The sum of (x - mean) (x - mean)ᵀ."""
+        total = self._total[:, :, None]
+        squares: NDArray[np.float32] = self._power - total @ (total / self.number).swapaxes(1, 2)
+        return squares
 
 
 def _by_weight(
@@ -115,11 +133,12 @@ def _by_weight(
     for weight in dict.fromkeys(layer.weight for layer in layers):
         parts = [sums[layer.name] for layer in layers if layer.weight == weight]
         number = sum(part.number for part in parts)
+        squares = np.asarray(sum(part.squares() for part in parts), dtype=np.float32)
         yield (
             weight,
             Moments(
-                sum(part.power for part in parts) / np.float32(number),
-                np.stack([part.total / np.float32(part.number) for part in parts]),
+                squares / np.float32(number),
+                np.stack([part.mean() for part in parts]),
                 np.array([part.number / number for part in parts], dtype=np.float32),
                 number,
             ),

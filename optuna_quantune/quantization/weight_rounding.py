@@ -124,7 +124,7 @@ class _Correction:
     @classmethod
     def of(cls, moments: Moments, about_mean: bool) -> _Correction:
         order, triangle = _triangle(moments, about_mean)
-        return cls(order, np.linalg.inv(triangle).astype(np.float32))
+        return cls(order, _inverse(triangle.astype(np.float32)))
 
 
 def _share_left(moments: Moments, about_mean: bool) -> float:
@@ -136,20 +136,35 @@ def _share_left(moments: Moments, about_mean: bool) -> float:
 
 def _triangle(moments: Moments, about_mean: bool) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The order of weights, and the upper triangular R with R Rᵀ the moments in that order."""
-    covariance = moments.about_mean()
-    power = (covariance if about_mean else moments.power).astype(np.float64)
-    variance = np.einsum("gii->gi", covariance).mean(axis=1, dtype=np.float64)
+    power = moments.covariance if about_mean else moments.power()
+    variance = np.einsum("gii->gi", moments.covariance).mean(axis=1, dtype=np.float64)
     values = power.shape[1]
     damping = _LEAST_DAMPING + np.sqrt(values / moments.number)
     diagonal = np.einsum("gii->gi", power)
-    # Inputs that are always 0, or always the same, have nothing to add it to.
-    diagonal += np.maximum(damping * variance, 1e-6 * diagonal.max() + 1e-30)[:, None]
     order: NDArray[np.int64] = np.argsort(-diagonal, axis=1, kind="stable")
-    power = np.take_along_axis(power, order[:, :, None], axis=1)
-    power = np.take_along_axis(power, order[:, None, :], axis=2)
     # Of what is turned round the lower triangle is the upper one turned round.
-    turned = np.asarray(np.linalg.cholesky(power[:, ::-1, ::-1]), dtype=np.float64)
-    return order, turned[:, ::-1, ::-1]
+    turned = order[:, ::-1]
+    moved = [part[np.ix_(where, where)] for part, where in zip(power, turned, strict=True)]
+    power_in_order = np.stack(moved).astype(np.float64)
+    # Inputs that are always 0, or always the same, have nothing to add it to; sums of float32 are
+    # off by some 1e-7 of the largest.
+    added = np.maximum(damping * variance, 1e-6 * diagonal.sum(axis=1) + 1e-30)
+    np.einsum("gii->gi", power_in_order)[:] += added[:, None]
+    lower = np.asarray(np.linalg.cholesky(power_in_order), dtype=np.float64)
+    return order, lower[:, ::-1, ::-1]
+
+
+def _inverse(triangle: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The inverse of upper triangular matrices, block by block."""
+    values = triangle.shape[1]
+    if values <= _BLOCK:
+        return np.triu(np.linalg.inv(triangle))
+    half = values // 2
+    first, last = _inverse(triangle[:, :half, :half]), _inverse(triangle[:, half:, half:])
+    found = np.zeros_like(triangle)
+    found[:, :half, :half], found[:, half:, half:] = first, last
+    found[:, :half, half:] = -first @ (triangle[:, :half, half:] @ last)
+    return found
 
 
 def _rounded(

@@ -94,11 +94,11 @@ def test_moments_say_what_any_error_in_the_weight_does_to_the_output(
     others = tuple(axis for axis in range(output.ndim) if axis != channel)
     rows = layer.by_group(error)
     rows = rows.reshape(*rows.shape[:2], -1)
-    power = np.einsum("goi,gij,goj->go", rows, moments.power, rows).reshape(-1)
+    power = np.einsum("goi,gij,goj->go", rows, moments.power(), rows).reshape(-1)
     np.testing.assert_allclose(power, np.square(output).mean(axis=others), rtol=1e-4)
     mean = np.einsum("goi,gi->go", rows, moments.mean[0]).reshape(-1)
     np.testing.assert_allclose(mean, output.mean(axis=others), rtol=1e-3, atol=1e-4)
-    varying = np.einsum("goi,gij,goj->go", rows, moments.about_mean(), rows).reshape(-1)
+    varying = np.einsum("goi,gij,goj->go", rows, moments.covariance, rows).reshape(-1)
     np.testing.assert_allclose(varying, output.var(axis=others), rtol=1e-3)
     np.testing.assert_array_equal(layer.from_groups(layer.by_group(error), error.shape), error)
 
@@ -114,11 +114,11 @@ def test_layers_with_one_weight_share_its_moments(tmp_path: Path) -> None:
     moments = input_moments(model, ArrayInputs({"input": inputs}), windows=10_000)["w"]
     a, b = outputs_with(model, {}, inputs)
     rows = weight.reshape(1, 4, -1)
-    power = np.einsum("goi,gij,goj->go", rows, moments.power, rows)[0]
+    power = np.einsum("goi,gij,goj->go", rows, moments.power(), rows)[0]
     windows = [np.moveaxis(output, 1, 0).reshape(4, -1) for output in (a, b)]
     expected = np.square(np.concatenate(windows, axis=1)).mean(axis=1)
     np.testing.assert_allclose(power, expected, rtol=1e-4)
-    varying = np.einsum("goi,gij,goj->go", rows, moments.about_mean(), rows)[0]
+    varying = np.einsum("goi,gij,goj->go", rows, moments.covariance, rows)[0]
     both = sum(part.var(axis=1) * part.shape[1] for part in windows) / moments.number
     np.testing.assert_allclose(varying, both, rtol=1e-3)
 
@@ -132,8 +132,8 @@ def test_of_a_large_layer_some_windows_are_taken(tmp_path: Path) -> None:
     some = input_moments(model, source, windows=100)["w"]
     every = input_moments(model, source, windows=900)["w"]
     assert (some.number, every.number) == (100 * MOMENT_INPUTS, 900 * MOMENT_INPUTS)
-    np.testing.assert_allclose(some.power, every.power, atol=0.1)
-    assert not np.array_equal(some.power, every.power)
+    np.testing.assert_allclose(some.power(), every.power(), atol=0.1)
+    assert not np.array_equal(some.power(), every.power())
 
 
 def test_other_layers_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,21 @@ def test_an_error_is_taken_back_by_an_input_that_is_the_same(tmp_path: Path) -> 
     assert steps[1].tolist() == [127, pytest.approx(-50 + 73, abs=3)]
 
 
+@pytest.mark.parametrize("about_mean", [False, True])
+def test_inputs_that_hardly_vary_about_a_large_mean_can_be_compensated_on(
+    about_mean: bool, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(5, 300)).astype(np.float32)
+    inputs = (1000.0 + 0.01 * rng.normal(size=(40, 3, 300))).astype(np.float32)
+    inputs[..., 0] = 0.0
+    steps = rounded(matrix(tmp_path, weight), inputs, 0.05, about_mean=about_mean)
+    off = np.abs(steps * 0.05 - weight)
+    assert off.max() < 1.0
+    if not about_mean:  # all errors of a row add up, and make up for each other
+        assert np.abs((steps * 0.05 - weight)[:, 1:].sum(axis=1)).max() < 0.1
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("about_mean", [False, True])
 def test_other_inputs_meet_no_larger_error_than_was_expected(
