@@ -48,7 +48,8 @@ class ImageFolder(InputSource):
         labels: CSV file with the columns ``file`` and ``label_index``, which then says which
             files there are and in which order (:func:`~.labels.read_labels`); None takes
             ``labels.csv`` in ``folder`` where it exists, and otherwise all image files below
-            ``folder`` in the sorted order of their paths, without labels.
+            ``folder``, without labels, in an order mixed by a hash of their paths: the first ones
+            are a fair sample, also where images are sorted by class.
         preprocessing: A :class:`Preprocessing`, a mapping or a JSON file with one.
         limit: Use the first so many; None uses all.
         cache_bytes: Pixels kept in memory, in bytes; None is a quarter of the memory that is free
@@ -195,10 +196,16 @@ class ImageFolder(InputSource):
 
 def _image_files(folder: Path) -> list[Path]:
     # Names that begin with a dot are what file managers leave behind, also with image suffixes.
-    return sorted(
+    files = (
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
         and path.is_file()
     )
+    # Files that are added or removed later leave the others in their order.
+    return sorted(files, key=lambda path: _mixing(path.relative_to(folder)))
+
+
+def _mixing(path: Path) -> bytes:
+    return hashlib.sha256(os.fsencode(path.as_posix())).digest()

@@ -44,16 +44,28 @@ def write_csv(folder: Path, text: str) -> Path:
     return path
 
 
-def test_without_labels_all_images_below_come_in_sorted_order(folder: Path) -> None:
+def test_without_labels_all_images_below_come(folder: Path) -> None:
     (folder / "notes.txt").write_text("no image")
     (folder / "._c.png").write_text("left behind by a file manager")
     source = ImageFolder(folder, preprocessing=RECIPE)
     names = [path.relative_to(folder).as_posix() for path in source.files]
-    assert names == ["a/1.png", "a/2.png", "b/1.png", "c.png"]
+    assert sorted(names) == ["a/1.png", "a/2.png", "b/1.png", "c.png"]
     assert source.labels is None
     seeds = {"b/1.png": 0, "a/2.png": 1, "c.png": 2, "a/1.png": 3}
     expected = [write_image(folder / name, seeds[name]) for name in names]
     np.testing.assert_allclose(all_inputs(source), np.stack(expected), rtol=1e-6)
+
+
+def test_without_labels_the_first_images_are_of_all_subfolders(tmp_path: Path) -> None:
+    for label in range(4):
+        for number in range(25):
+            write_image(tmp_path / f"class{label}" / f"{number}.png", number)
+    files = ImageFolder(tmp_path, preprocessing=RECIPE).files
+    first = [path.parent.name for path in files[:32]]
+    assert all(3 <= first.count(f"class{label}") <= 14 for label in range(4))
+    (tmp_path / "class1" / "7.png").unlink()
+    fewer = ImageFolder(tmp_path, preprocessing=RECIPE).files
+    assert list(fewer) == [path for path in files if path.exists()]
 
 
 def test_labels_csv_says_which_files_there_are_and_in_which_order(folder: Path) -> None:
@@ -194,12 +206,12 @@ def test_fingerprint_depends_on_bytes_order_and_preprocessing_but_not_on_labels(
     assert len(plain) == 64
     other = Preprocessing(mean=RECIPE.mean, std=RECIPE.std, scale=0.5, channel_order="RGB", crop=8)
     assert fingerprint(other) != plain
-    write_csv(folder, "file,label_index\na/1.png,0\na/2.png,0\nb/1.png,0\nc.png,0\n")
-    assert fingerprint() == plain
-    write_csv(folder, "file,label_index\na/1.png,9\na/2.png,8\nb/1.png,7\nc.png,6\n")
-    assert fingerprint() == plain
-    write_csv(folder, "file,label_index\na/2.png,0\na/1.png,0\nb/1.png,0\nc.png,0\n")
-    assert fingerprint() != plain
+    files = ImageFolder(folder, preprocessing=RECIPE).files
+    names = [path.relative_to(folder).as_posix() for path in files]
+    for order, label in ((1, 0), (1, 9), (-1, 9)):
+        rows = [f"{name},{label}\n" for name in names[::order]]
+        write_csv(folder, "".join(["file,label_index\n", *rows]))
+        assert (fingerprint() == plain) is (order == 1)
     (folder / "labels.csv").unlink()
     write_image(folder / "c.png", 99)
     assert fingerprint() != plain
