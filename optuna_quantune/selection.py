@@ -8,6 +8,7 @@ better.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 from typing import Final
 from typing import Literal
@@ -28,7 +29,7 @@ from optuna_quantune.search.pruner import CORRECT_KEY
 from optuna_quantune.search.pruner import SEEN_KEY
 
 
-Preference = Literal["latency", "size"]
+Preference = Literal["latency", "size", "accuracy"]
 
 # User attribute of a trial, of the kind of CORRECT_KEY: whether it agrees with the float model.
 AGREES_KEY: Final = "agrees"
@@ -41,7 +42,11 @@ _SAME_SIZE: Final = 1.001
 
 
 def select(
-    study: optuna.Study, *, prefer: Preference = "latency", direction: Direction = "maximize"
+    study: optuna.Study,
+    *,
+    prefer: Preference = "latency",
+    direction: Direction = "maximize",
+    without: Collection[int] = (),
 ) -> tuple[FrozenTrial, bool]:
     """The trial to deploy, and whether it keeps all bounds.
 
@@ -49,7 +54,8 @@ def select(
     drop, the fastest (or smallest) of the trials that keep all bounds is chosen. Without one, all
     trials that keep the bounds stay which a paired 95 % interval cannot tell from the one with the
     best value, in that value and in agreement with the float model; of these the fastest (or
-    smallest) are taken, and of trials equally fast the one with the least output noise.
+    smallest) are taken, and of trials equally fast the one with the least output noise. Where
+    accuracy is preferred, speed and size do not count, and the least output noise decides at once.
 
     When no trial keeps all bounds, the most accurate of those that keep the bounds on latency and
     size is chosen in the same way; when there is none of these either, the one that is least
@@ -59,11 +65,13 @@ def select(
         study: Trials of a `QuantizationObjective`.
         prefer: What decides where accuracy does not.
         direction: Which values of the metric are better.
+        without: Numbers of trials that are not looked at.
 
     Raises:
         InputError: If no trial of the study is complete.
     """
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = [trial for trial in complete if trial.number not in without]
     if not trials:
         errors = [t.user_attrs["error"] for t in study.get_trials() if "error" in t.user_attrs]
         reason = f"; the last one failed with: {errors[-1]}" if errors else ""
@@ -105,13 +113,14 @@ def _not_worse_than_best(trials: list[FrozenTrial], direction: Direction) -> lis
 
 
 def _preferred(trials: list[FrozenTrial], prefer: Preference) -> FrozenTrial:
-    """Of the fastest or the smallest trials the one with the least output noise."""
+    """Of the fastest or the smallest trials, or of all, the one with the least output noise."""
+    few = trials
     if prefer == "latency":
         fastest = min(trials, key=_latency)
         high = float(fastest.user_attrs.get("latency_high", 0.0))
         limit = max(_SAME_LATENCY * _latency(fastest), high)
         few = [trial for trial in trials if _latency(trial) <= limit]
-    else:
+    elif prefer == "size":
         limit = _SAME_SIZE * min(_size(trial) for trial in trials)
         few = [trial for trial in trials if _size(trial) <= limit]
     return max(few, key=lambda trial: (_sqnr(trial), -trial.number))

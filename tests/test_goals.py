@@ -17,6 +17,7 @@ from optuna_quantune.goals import Outcome
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.report.console import pareto_table
 from optuna_quantune.report.console import remark_lines
+from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
@@ -154,6 +155,35 @@ def test_a_bound_kept_by_luck_only_is_missed_when_measured_again(  # type: ignor
     assert any("SLOWER than the float model" in line for line in remark_lines(result))
 
 
+def test_a_bound_kept_by_luck_gives_way_to_the_next_trial(  # type: ignore[no-untyped-def]
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = iter([1.5, 1.3, 1.0, 0.9])
+
+    def latency(self: object, model: bytes, *, repeats: int = 0) -> LatencyRatio:
+        ratio = next(again) if repeats else 1.0
+        return LatencyRatio(ratio, 1.0, ratio, ratio - 0.1, ratio + 0.1)
+
+    monkeypatch.setattr(QuantizationObjective, "latency", latency)
+    result = run(max_latency=1.2)
+    assert result.latency.ratio == 1.0
+    assert result.goal_met
+    assert list(again) == [0.9]
+    first, _ = select(result.study, prefer="accuracy")
+    assert result.trial.number != first.number
+
+
+def test_what_a_bound_on_latency_allows_is_spent_on_accuracy(run) -> None:  # type: ignore[no-untyped-def]
+    result = run(max_latency=10.0)
+    most_accurate, fastest = (
+        select(result.study, prefer=preference)[0].number for preference in ("accuracy", "latency")
+    )
+    assert most_accurate != fastest
+    assert result.trial.number == most_accurate
+    assert run(max_latency=10.0, prefer="latency").trial.number == fastest
+    assert run(max_latency=10.0, max_accuracy_drop=1.0).trial.number == fastest
+
+
 def test_too_few_inputs_to_split_are_reported(run, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
     run(n_trials=1)
     assert "80 evaluation inputs are too few to hold half of them out" in caplog.text
@@ -171,7 +201,7 @@ def test_a_timeout_that_preparation_uses_up_leaves_one_trial(run) -> None:  # ty
     [
         ({"n_trials": None}, "n_trials and timeout: give at least one"),
         ({"timeout": 0.0}, "timeout: 0.0 seconds is not positive"),
-        ({"prefer": "beauty"}, "prefer 'beauty': use 'latency' or 'size'"),
+        ({"prefer": "beauty"}, "prefer 'beauty': use 'latency', 'size' or 'accuracy'"),
         ({"providers": ["AbacusExecutionProvider"]}, "AbacusExecutionProvider is not in this"),
         ({"providers": []}, r"providers: \[\] must be a list"),
         ({"metric": "sqnr_db", "max_accuracy_drop": 1.0}, "max_accuracy_drop: the float model"),

@@ -99,6 +99,14 @@ def test_the_smallest_wins_where_that_is_preferred(study: optuna.Study) -> None:
     assert select(study)[0].number == 0
 
 
+def test_the_least_noise_decides_where_accuracy_is_preferred(study: optuna.Study) -> None:
+    add(study, range(22), latency=0.5, sqnr=20.0, size=10_000)
+    add(study, range(22), latency=0.9, sqnr=25.0, size=20_000)
+    add(study, range(90), latency=0.9, sqnr=30.0)  # really worse
+    assert select(study, prefer="accuracy")[0].number == 1
+    assert select(study)[0].number == 0
+
+
 def test_under_a_bound_on_latency_the_most_accurate_within_it_is_chosen(
     study: optuna.Study,
 ) -> None:
