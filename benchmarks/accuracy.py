@@ -160,6 +160,7 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
         load_if_exists=True,
         directions=objective.directions,
         sampler=make_sampler("quantune", objective, seed=0),
+        pruner=optuna.pruners.NopPruner(),
     )
     possible = min(arguments.n_trials, objective.space.size or arguments.n_trials)
     missing = possible - len(study.get_trials(states=(TrialState.COMPLETE,)))

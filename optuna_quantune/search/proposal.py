@@ -16,6 +16,7 @@ from optuna_quantune.search.candidates import neighbours
 from optuna_quantune.search.candidates import random_codes
 from optuna_quantune.search.configurations import Candidates
 from optuna_quantune.search.configurations import Configurations
+from optuna_quantune.search.configurations import Described
 from optuna_quantune.search.history import History
 from optuna_quantune.search.scoring import Scorer
 
@@ -27,6 +28,8 @@ _N_SCORED_RANDOM = 512
 # The same where describing a candidate may take a millisecond, and how many of them at random.
 _MAX_DESCRIBED = 96
 _N_DESCRIBED_RANDOM = 16
+# Share of different features from which on these are taken to tell configurations apart.
+_TELLING = 0.1
 # Uniform configurations that are drawn from a space too large to list; and further draws of as
 # many where few are valid or, with most parameters fixed, few exist.
 _N_DRAWN = 1024
@@ -121,8 +124,27 @@ class Proposer:
         order = self._order(-scorer.screen(pool))
         promising, rest = order[:_MAX_DESCRIBED], order[_MAX_DESCRIBED:]
         others = self._rng.permutation(rest)[:_N_DESCRIBED_RANDOM]
-        candidates = pool[np.concatenate([promising, others])]
-        return np.asarray(self._best(candidates, self._scores(scorer, candidates)).codes[0])
+        described = self._configurations.describe(pool[np.concatenate([promising, others])])
+        described = described[self._is_news(described)]
+        return np.asarray(self._best(described.candidates, scorer.score(described)).codes[0])
+
+    def _is_news(self, described: Described) -> NDArray[np.bool_]:
+        """Which configurations have features that none had before.
+
+        Where features tell most configurations apart, equal ones stand for the same thing by
+        another name: a parameter that has no effect beside the others. If they tell few apart, or
+        nothing is new, all count as new.
+        """
+        found = [row.tobytes() for row in described.features]
+        every = np.ones(len(found), dtype=bool)
+        if not self._avoid_seen or len(set(found)) < _TELLING * len(found):
+            return every
+        history = self._history
+        taken = np.concatenate([history.codes, history.failed, history.pending])
+        before = self._configurations.describe(self._configurations.candidates(taken)).features
+        seen = {row.tobytes() for row in before}
+        news = np.array([row not in seen for row in found])
+        return news if news.any() else every
 
     def _scores(self, scorer: Scorer, candidates: Candidates) -> NDArray[np.float64]:
         return scorer.score(self._configurations.describe(candidates))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pytest
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from scipy.stats import spearmanr
@@ -79,6 +80,28 @@ def test_a_right_prior_finds_the_best_of_a_large_space_in_a_few_trials() -> None
         trial = study.ask(LARGE)
         study.tell(trial, cost(trial.params))
     assert study.best_value < 0.4
+
+
+@pytest.mark.parametrize("levels", [None, 3])
+def test_what_features_call_the_same_is_not_tried_twice(levels: int | None) -> None:
+    """Two of the six knobs have no effect; coarse features say nothing of being the same."""
+
+    def without_effect(params: Mapping[str, Any]) -> dict[str, float]:
+        value = cost({**params, "knob4": 0, "knob5": 0})
+        return {"prior": value if levels is None else float(round(value / 3.0))}
+
+    study = optuna.create_study(
+        sampler=QuantuneSampler(LARGE, features=without_effect, seed=0), direction="minimize"
+    )
+    tried = []
+    for _ in range(10):
+        trial = study.ask(LARGE)
+        tried.append(tuple(trial.params[f"knob{i}"] for i in range(4)))
+        study.tell(trial, without_effect(trial.params)["prior"])
+    if levels is None:
+        assert len(set(tried)) == len(tried)
+    else:
+        assert len({without_effect(t.params)["prior"] for t in study.trials}) < len(tried)
 
 
 def test_two_samplers_sketch_alike() -> None:
