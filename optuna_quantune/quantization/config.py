@@ -62,7 +62,7 @@ class QuantizationConfig:
             (``first_last``).
         float_layers: How many steps of `sensitivity.float_order` are left in float beside these:
             the nodes whose rounding hurts most for the time that float costs come first. More
-            steps than there are mean all.
+            steps than there are mean all but those that would leave no layer quantized.
         activation_bits: Width of the activations' integers; weights always have 8 bits.
         zero_dead_weights: Whether weights that meet nothing but zeros are set to 0, so that they
             decide no scale (`lint.live_weights`).

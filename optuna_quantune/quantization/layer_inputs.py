@@ -29,8 +29,6 @@ from optuna_quantune.quantization.session import make_session
 # Inputs that moments are taken from, and windows of each at most.
 MOMENT_INPUTS: Final = 32
 _WINDOWS: Final = 256
-# Inputs that are run at a time.
-_BATCH: Final = 4
 # Layers that read longer vectors are left out: their moments would take over 20 MiB, and with the
 # triangles made of them seconds.
 LONGEST_VECTOR: Final = 2304
@@ -73,7 +71,8 @@ def input_moments(
             by chance.
 
     Returns:
-        By weight, for Conv, Gemm and MatMul whose vectors have at most `LONGEST_VECTOR` values.
+        By weight, for Conv, Gemm and MatMul whose vectors have at most `LONGEST_VECTOR` values,
+        none of which has a square that is beyond float32.
     """
     nodes = {node.name: node for node in model.proto.graph.node}
     layers = [layer for layer in model.layers if _is_matrix(layer, nodes[layer.name], model)]
@@ -82,9 +81,9 @@ def input_moments(
     session = make_session(with_outputs(model.proto, names))
     sums = {layer.name: _Sums() for layer in layers}
     rng = np.random.default_rng(0)
-    batch = _BATCH if model.takes_batches else 1
     number = min(MOMENT_INPUTS, len(inputs))
-    for feed in inputs.batches(batch, np.arange(number)):
+    # One at a time: all that the layers read is held in memory together.
+    for feed in inputs.batches(1, np.arange(number)):
         found: dict[str, Any] = dict(feed)
         if names:  # ONNX Runtime takes an empty list for all outputs
             found |= dict(zip(names, session.run(names, feed), strict=True))
@@ -92,8 +91,11 @@ def input_moments(
             vectors = _vectors(
                 layer, nodes[layer.name], found[layer.input], model.weights, windows, rng
             )
-            sums[layer.name].add(vectors)
-    return dict(_by_weight(layers, sums))
+            with np.errstate(over="ignore", invalid="ignore"):
+                sums[layer.name].add(vectors)
+    with np.errstate(over="ignore", invalid="ignore"):
+        moments = dict(_by_weight(layers, sums))
+        return {name: m for name, m in moments.items() if np.isfinite(m.power()).all()}
 
 
 class _Sums:

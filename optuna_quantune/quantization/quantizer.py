@@ -277,7 +277,10 @@ class Quantizer:
         names: list[str] = []
         if config.mixed_precision == "first_last":
             names += [self.model.layers[0].name, self.model.layers[-1].name]
+        layers = {layer.name for layer in self.model.layers}
         for step in (self.float_order or ())[: config.float_layers]:
+            if layers <= {*names, *step}:
+                break  # it would be the float model
             names += step
         return tuple(dict.fromkeys(names))
 

@@ -149,5 +149,7 @@ def test_other_layers_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     model = load_float_model(save(tmp_path / "model.onnx", nodes, (2, 9, 9), weights))
     monkeypatch.setattr(layer_inputs, "LONGEST_VECTOR", 35)
-    inputs = ArrayInputs({"input": np.ones((3, 2, 9, 9), dtype=np.float32)})
-    assert set(input_moments(model, inputs)) == {"short"}
+    inputs = np.ones((3, 2, 9, 9), dtype=np.float32)
+    assert set(input_moments(model, ArrayInputs({"input": inputs}))) == {"short"}
+    inputs[1] = 1e25
+    assert set(input_moments(model, ArrayInputs({"input": inputs}))) == set()
