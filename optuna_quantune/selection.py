@@ -36,7 +36,7 @@ AGREES_KEY: Final = "agrees"
 # User attribute of a trial: the metric's value, also where it is not an objective.
 VALUE_KEY: Final = "metric_value"
 # Latency ratios this close are the same: they vary by about a tenth between runs.
-_SAME_LATENCY: Final = 1.1
+SAME_LATENCY: Final = 1.1
 # Sizes this close are the same: a scale for each channel in place of one costs more.
 _SAME_SIZE: Final = 1.001
 
@@ -58,8 +58,8 @@ def select(
     accuracy is preferred, speed and size do not count, and the least output noise decides at once.
 
     When no trial keeps all bounds, the most accurate of those that keep the bounds on latency and
-    size is chosen in the same way; when there is none of these either, the one that is least
-    beyond them.
+    size is chosen in the same way; when there is none of these either, the most accurate of those
+    that are about as little beyond them as the nearest.
 
     Args:
         study: Trials of a `QuantizationObjective`.
@@ -82,7 +82,8 @@ def select(
             return _preferred(within, prefer), True
         return _preferred(_not_worse_than_best(within, direction), prefer), True
     excess = [_excess(trial) for trial in trials]
-    least = [t for t, e in zip(trials, excess, strict=True) if e <= min(excess)]
+    limit = SAME_LATENCY * (1.0 + min(excess)) - 1.0 if min(excess) > 0.0 else 0.0
+    least = [t for t, e in zip(trials, excess, strict=True) if e <= limit]
     return _preferred(_not_worse_than_best(least, direction), prefer), False
 
 
@@ -118,7 +119,7 @@ def _preferred(trials: list[FrozenTrial], prefer: Preference) -> FrozenTrial:
     if prefer == "latency":
         fastest = min(trials, key=_latency)
         high = float(fastest.user_attrs.get("latency_high", 0.0))
-        limit = max(_SAME_LATENCY * _latency(fastest), high)
+        limit = max(SAME_LATENCY * _latency(fastest), high)
         few = [trial for trial in trials if _latency(trial) <= limit]
     elif prefer == "size":
         limit = _SAME_SIZE * min(_size(trial) for trial in trials)

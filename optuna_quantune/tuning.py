@@ -64,6 +64,7 @@ from optuna_quantune.search.pruner import RacingPruner
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.selection import metric_value
 from optuna_quantune.selection import Preference
+from optuna_quantune.selection import SAME_LATENCY
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
@@ -375,33 +376,37 @@ def _chosen(
     """The trial to deploy, whether it keeps all bounds, its model, and its latency measured again.
 
     A trial's own latency is a quick measurement, and one that just keeps the bound may have been
-    lucky. If it does not keep it again the next one is taken; if none does, the fastest of them.
+    lucky. If it does not keep it again the next one is taken. If none does, it is the most
+    accurate of those that are about as fast as the fastest.
     """
-    bound = objective.goals.max_latency
-    fastest = None
-    measured: list[int] = []
+    bound, metric = objective.goals.max_latency, objective.chosen_metric
+    measured: list[tuple[FrozenTrial, bool, QuantizedModel, LatencyRatio]] = []
     complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-    while True:
+    while len(measured) < min(_MOST_CHOSEN, max(complete, 1)):
         trial, kept = select(
             study,
             prefer=prefer or _preference(objective),
-            direction=objective.chosen_metric.direction,
-            without=measured,
+            direction=metric.direction,
+            without=[trial.number for trial, *_ in measured],
         )
-        if fastest is not None and not kept:
-            return fastest
         quantized = objective.quantize(objective.space.config(trial.params))
         latency = objective.latency(
             quantized.proto.SerializeToString(), repeats=_FINAL_LATENCY_REPEATS
         )
-        candidate = trial, kept, quantized, latency
-        if bound is None or not kept or latency.ratio <= bound:
-            return candidate
-        if fastest is None or latency.ratio < fastest[-1].ratio:
-            fastest = candidate
-        measured.append(trial.number)
-        if len(measured) == min(_MOST_CHOSEN, complete):
-            return fastest
+        measured.append((trial, kept, quantized, latency))
+        if bound is None or latency.ratio <= bound:
+            return measured[-1]
+        if not kept:
+            break
+    limit = SAME_LATENCY * min(latency.ratio for *_, latency in measured)
+    fastest = [candidate for candidate in measured if candidate[-1].ratio <= limit]
+    return max(
+        fastest,
+        key=lambda candidate: (
+            metric.sign * metric_value(candidate[0]),
+            candidate[0].user_attrs.get("sqnr_db") or 0.0,
+        ),
+    )
 
 
 def _preference(objective: QuantizationObjective) -> Preference:

@@ -173,6 +173,25 @@ def test_a_bound_kept_by_luck_gives_way_to_the_next_trial(  # type: ignore[no-un
     assert result.trial.number != first.number
 
 
+def test_where_only_luck_keeps_a_bound_accuracy_is_not_given_up_for_it(  # type: ignore[no-untyped-def]
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least accurate trial alone kept the bound; measured again, it does not either."""
+    trials = run(metric="sqnr_db").study.trials
+    worst = min(trials, key=lambda trial: trial.values[0]).user_attrs["size_bytes"]
+
+    def latency(self: object, model: bytes, *, repeats: int = 0) -> LatencyRatio:
+        ratio = 1.0 if repeats else (0.7 if len(model) == worst else 0.9)
+        return LatencyRatio(ratio, 1.0, ratio, ratio - 0.05, ratio + 0.05)
+
+    monkeypatch.setattr(QuantizationObjective, "latency", latency)
+    result = run(metric="sqnr_db", max_latency=0.8)
+    kept = [trial for trial in result.study.trials if trial.constraints["latency"] <= 0]
+    assert len(kept) == 1
+    assert result.trial.values[0] > kept[0].values[0]
+    assert not result.goal_met
+
+
 def test_what_a_bound_on_latency_allows_is_spent_on_accuracy(run) -> None:  # type: ignore[no-untyped-def]
     result = run(max_latency=10.0)
     most_accurate, fastest = (

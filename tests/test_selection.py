@@ -139,6 +139,16 @@ def test_when_no_trial_is_small_enough_the_nearest_is_taken(study: optuna.Study)
     assert (trial.number, met) == (1, False)
 
 
+def test_of_those_that_are_as_little_too_slow_the_most_accurate_is_taken(
+    study: optuna.Study,
+) -> None:
+    add(study, range(90), latency=0.82, sqnr=9.0, bounds={"latency": 0.02})
+    add(study, range(20), latency=0.88, sqnr=20.0, bounds={"latency": 0.1})
+    add(study, range(5), latency=0.95, sqnr=30.0, bounds={"latency": 0.19})
+    trial, met = select(study)
+    assert (trial.number, met) == (1, False)
+
+
 def test_a_latency_whose_interval_holds_another_is_the_same(study: optuna.Study) -> None:
     add(study, range(20), latency=0.50, sqnr=12.0)
     add(study, range(20), latency=0.60, sqnr=16.0)
