@@ -12,8 +12,7 @@ TASKS holds what `python -m benchmarks.export_task` wrote. For each model:
 - ``rule of thumb``: per channel, uint8 activations, MinMax, 128 inputs, no search;
 - ``random``, ``grid``, ``genetic``, ``XGBoost``: the searches of the paper with our objective, by
   `baselines`;
-- ``quantune``: this project's `tune`;
-- ``extended``: the same in the space of that name, for at most 0.8 of the float model's latency.
+- ``quantune``: this project's `tune`.
 
 All read the same arrays, choose by the same half of the inputs and report on the other half. Every
 step is one line in `benchmarks/results/live/steps.jsonl`, so that an interrupted run goes on. What
@@ -71,7 +70,6 @@ def main() -> None:
         task = Task.load(arguments.tasks / name)
         order = sample(len(grid()) if name in arguments.full else arguments.sample)
         steps = {"quantune": search_step(task, "quantune", arguments.trials)}
-        steps |= {"extended": search_step(task, "quantune", arguments.trials, "extended")}
         steps |= {"rule of thumb": user_step(task, "rule")}
         steps |= {
             other: search_step(task, factory, arguments.trials_others)
@@ -97,9 +95,9 @@ def user_step(task: Task, which: str) -> list[str]:
     return ["benchmarks.onnxruntime_user", str(task.folder), which]
 
 
-def search_step(task: Task, sampler: str, trials: int, space: str = "quantune") -> list[str]:
+def search_step(task: Task, sampler: str, trials: int) -> list[str]:
     """Command of one search."""
-    return ["benchmarks.live_search", str(task.folder), sampler, space, str(trials), str(SEED)]
+    return ["benchmarks.live_search", str(task.folder), sampler, str(trials), str(SEED)]
 
 
 def run_step(model: str, step: str, command: list[str], memory_limit_gb: float) -> None:

@@ -1,9 +1,8 @@
 """One whole `tune` on a task, with any sampler, in a process of its own.
 
-    python -m benchmarks.live_search TASK SAMPLER SPACE N_TRIALS SEED OUTPUT
+    python -m benchmarks.live_search TASK SAMPLER N_TRIALS SEED OUTPUT
 
-SAMPLER is what `tune` takes: ``quantune`` or ``baselines.genetic:create``. SPACE is a preset; what
-keeps layers in float is bounded to `MAX_LATENCY` of the float model's. Nothing is cached from
+SAMPLER is what `tune` takes: ``quantune`` or ``baselines.genetic:create``. Nothing is cached from
 earlier runs. Prints one line of JSON: when each trial ended, in seconds from the call, with its
 value, and what the result says.
 """
@@ -25,12 +24,8 @@ from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.search.pruner import CORRECT_KEY
 
 
-# For the preset `extended`, whose layers in float cost time.
-MAX_LATENCY = 0.8
-
-
 def main() -> None:
-    folder, sampler, space, n_trials, seed, output = sys.argv[1:]
+    folder, sampler, n_trials, seed, output = sys.argv[1:]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     task = Task.load(folder)
@@ -56,8 +51,6 @@ def main() -> None:
         calibration=calibration,
         evaluation=evaluation,
         sampler=sampler,
-        space=space,
-        max_latency=MAX_LATENCY if space == "extended" else None,
         n_trials=int(n_trials),
         seed=int(seed),
         output=output,

@@ -185,7 +185,7 @@ def _goal_options(command: Command) -> Command:
         click.option(
             "--prefer",
             type=click.Choice(get_args(Preference)),
-            show_default="accuracy (least output noise) under a bound on latency or size, size if "
+            show_default="accuracy (the best one) under a bound on latency or size, size if "
             "only that is an objective, otherwise latency",
             help="What decides among models that cannot be told from the best one.",
         ),

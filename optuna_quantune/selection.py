@@ -55,7 +55,7 @@ def select(
     trials that keep the bounds stay which a paired 95 % interval cannot tell from the one with the
     best value, in that value and in agreement with the float model; of these the fastest (or
     smallest) are taken, and of trials equally fast the one with the least output noise. Where
-    accuracy is preferred, speed and size do not count, and the least output noise decides at once.
+    accuracy is preferred, the best value decides, then agreement, then output noise.
 
     When no trial keeps all bounds, the most accurate of those that keep the bounds on latency and
     size is chosen in the same way; when there is none of these either, the most accurate of those
@@ -79,12 +79,12 @@ def select(
     within = [t for t in trials if all(value <= 0 for value in t.constraints.values())]
     if within:
         if any(DROP_CONSTRAINT in trial.constraints for trial in within):
-            return _preferred(within, prefer), True
-        return _preferred(_not_worse_than_best(within, direction), prefer), True
+            return _preferred(within, prefer, direction), True
+        return _preferred(_not_worse_than_best(within, direction), prefer, direction), True
     excess = [_excess(trial) for trial in trials]
     limit = SAME_LATENCY * (1.0 + min(excess)) - 1.0 if min(excess) > 0.0 else 0.0
     least = [t for t, e in zip(trials, excess, strict=True) if e <= limit]
-    return _preferred(_not_worse_than_best(least, direction), prefer), False
+    return _preferred(_not_worse_than_best(least, direction), prefer, direction), False
 
 
 def metric_value(trial: FrozenTrial) -> float:
@@ -113,15 +113,20 @@ def _not_worse_than_best(trials: list[FrozenTrial], direction: Direction) -> lis
     return [trial for trial in rivals if not _tells_apart(most_faithful, trial, AGREES_KEY)]
 
 
-def _preferred(trials: list[FrozenTrial], prefer: Preference) -> FrozenTrial:
-    """Of the fastest or the smallest trials, or of all, the one with the least output noise."""
-    few = trials
+def _preferred(trials: list[FrozenTrial], prefer: Preference, direction: Direction) -> FrozenTrial:
+    """Of the fastest or the smallest trials the one with the least output noise, or the best."""
+    if prefer == "accuracy":
+        sign = 1.0 if direction == "maximize" else -1.0
+        # Noise alone does not tell of scores that are cut off at one value, and tie.
+        return max(
+            trials, key=lambda t: (sign * metric_value(t), _agreement(t), _sqnr(t), -t.number)
+        )
     if prefer == "latency":
         fastest = min(trials, key=_latency)
         high = float(fastest.user_attrs.get("latency_high", 0.0))
         limit = max(SAME_LATENCY * _latency(fastest), high)
         few = [trial for trial in trials if _latency(trial) <= limit]
-    elif prefer == "size":
+    else:
         limit = _SAME_SIZE * min(_size(trial) for trial in trials)
         few = [trial for trial in trials if _size(trial) <= limit]
     return max(few, key=lambda trial: (_sqnr(trial), -trial.number))

@@ -180,12 +180,12 @@ def tune(
     With a storage, a study of the same name goes on where it stopped: `n_trials` counts the
     trials that are finished already. Ctrl-C ends the search; the best model so far is written.
 
-    Of the trials that cannot be told from the best one, the fastest is chosen, or, under a bound
-    on latency or size, the one with the least output noise (`optuna_quantune.selection.select`). A
-    latency that just keeps its bound is measured again, and the next trial taken if it does not.
-    With several objectives the result has the Pareto front, and the model that is written is
-    chosen from it in the same way. A bound that no trial keeps is no error: the best model so far
-    is written, and `TuningResult.missed` says what it lacks.
+    Of the trials that cannot be told from the best one, the fastest is chosen; under a bound on
+    latency or size the best one itself (`optuna_quantune.selection.select`). A latency that just
+    keeps its bound is measured again, and the next trial taken if it does not. With several
+    objectives the result has the Pareto front, and the model that is written is chosen from it in
+    the same way. A bound that no trial keeps is no error: the best model so far is written, and
+    `TuningResult.missed` says what it lacks.
 
     Half of the evaluation inputs are kept out of the search when there are at least
     `SMALLEST_SPLIT`, so that the result can be reported on inputs that chose nothing; when there
@@ -216,7 +216,7 @@ def tune(
         max_latency: Bound on the latency as a ratio to float (0.5 is twice as fast).
         max_size: Bound on the model file's size in bytes.
         prefer: What decides among configurations that cannot be told from the best one:
-            ``latency``, ``size``, or ``accuracy``, which is the least output noise. By default
+            ``latency``, ``size``, or ``accuracy``, which is that best one. By default
             ``accuracy`` under a bound on latency or size without one on accuracy; otherwise
             ``size`` if it is an objective or has a bound and latency does not, and ``latency``.
         precision: A trial ends when half the width of its value's 95 % interval is no larger
