@@ -48,8 +48,9 @@ class ImageFolder(InputSource):
         labels: CSV file with the columns ``file`` and ``label_index``, which then says which
             files there are and in which order (:func:`~.labels.read_labels`); None takes
             ``labels.csv`` in ``folder`` where it exists, and otherwise all image files below
-            ``folder``, without labels, in an order mixed by a hash of their paths: the first ones
-            are a fair sample, also where images are sorted by class.
+            ``folder``, without labels, in the sorted order of their paths; if they lie in several
+            folders, one for each class perhaps, in an order mixed by a hash of their paths, so
+            that the first ones are a fair sample.
         preprocessing: A :class:`Preprocessing`, a mapping or a JSON file with one.
         limit: Use the first so many; None uses all.
         cache_bytes: Pixels kept in memory, in bytes; None is a quarter of the memory that is free
@@ -196,15 +197,17 @@ class ImageFolder(InputSource):
 
 def _image_files(folder: Path) -> list[Path]:
     # Names that begin with a dot are what file managers leave behind, also with image suffixes.
-    files = (
+    files = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
         and path.is_file()
     )
-    # Files that are added or removed later leave the others in their order.
-    return sorted(files, key=lambda path: _mixing(path.relative_to(folder)))
+    if len({path.parent for path in files}) > 1:
+        # Files that are added or removed later leave the others in their order.
+        files.sort(key=lambda path: _mixing(path.relative_to(folder)))
+    return files
 
 
 def _mixing(path: Path) -> bytes:

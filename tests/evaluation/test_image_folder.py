@@ -56,6 +56,13 @@ def test_without_labels_all_images_below_come(folder: Path) -> None:
     np.testing.assert_allclose(all_inputs(source), np.stack(expected), rtol=1e-6)
 
 
+def test_without_labels_or_subfolders_images_come_in_sorted_order(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(8)]
+    for seed, name in enumerate(reversed(names)):
+        write_image(tmp_path / name, seed)
+    assert [path.name for path in ImageFolder(tmp_path, preprocessing=RECIPE).files] == names
+
+
 def test_without_labels_the_first_images_are_of_all_subfolders(tmp_path: Path) -> None:
     for label in range(4):
         for number in range(25):

@@ -119,9 +119,13 @@ def test_float_nodes_lose_no_accuracy_against_quantizing_them(
 
 
 def test_a_model_that_is_float_altogether_is_the_float_model(
-    quantizer: Quantizer, toy_inputs: NDArray[np.float32], run: Run
+    quantizer: Quantizer,
+    monkeypatch: pytest.MonkeyPatch,
+    toy_inputs: NDArray[np.float32],
+    run: Run,
 ) -> None:
-    proto = with_float(quantizer, tuple(NODES))
+    monkeypatch.setattr(Quantizer, "float_layers", lambda *_: tuple(NODES))
+    proto = quantizer.quantize(QuantizationConfig()).proto
     assert not {node.op_type for node in proto.graph.node} & {"QuantizeLinear", "DequantizeLinear"}
     assert {i.name for i in proto.graph.initializer} >= set(quantizer.model.weights)
     np.testing.assert_array_equal(run(proto, toy_inputs), run(quantizer.model.proto, toy_inputs))
