@@ -40,7 +40,6 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from benchmarks import machine
@@ -64,8 +63,9 @@ from optuna_quantune.objective import TrialFailure
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.sensitivity import LONGEST_ORDER
 from optuna_quantune.selection import AGREES_KEY
-from optuna_quantune.selection import metric_value
-from optuna_quantune.selection import unpack
+from optuna_quantune.selection import rank
+from optuna_quantune.selection import sqnr_db
+from optuna_quantune.selection import tells_apart
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.tuning import make_sampler
 
@@ -202,9 +202,11 @@ def choose(
 ) -> tuple[QuantizationConfig, bytes]:
     """The best trial that is fast enough when it is measured again, or the fastest one."""
     trials = study.get_trials(states=(TrialState.COMPLETE,))
-    best = max(trials, key=lambda trial: (metric_value(trial), noise(trial)))
+    best = max(trials, key=lambda trial: rank(trial, "maximize"))
     ranked = sorted(
-        (trial for trial in trials if not tells_apart(best, trial)), key=noise, reverse=True
+        (trial for trial in trials if not tells_apart(best, trial, AGREES_KEY)),
+        key=sqnr_db,
+        reverse=True,
     )
     if bound is None:
         config = objective.space.config(ranked[0].params)
@@ -221,19 +223,6 @@ def choose(
             break
     assert found is not None
     return found
-
-
-def noise(trial: FrozenTrial) -> float:
-    """Signal over the output's noise, in decibels."""
-    return float(trial.user_attrs["sqnr_db"])
-
-
-def tells_apart(better: FrozenTrial, other: FrozenTrial) -> bool:
-    """Whether `better` agrees more often with the float model than chance explains."""
-    first, second = (
-        unpack(trial.user_attrs[AGREES_KEY], trial.user_attrs["n"]) for trial in (better, other)
-    )
-    return paired_difference_interval(first, second).low > 0.0
 
 
 def not_default(config: QuantizationConfig) -> dict[str, Any]:

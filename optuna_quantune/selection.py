@@ -93,54 +93,18 @@ def metric_value(trial: FrozenTrial) -> float:
     return float(trial.values[0] if value is None else value)
 
 
-def pack(bits: NDArray[np.bool_]) -> str:
-    """Bits, shape (n,), as a hexadecimal string."""
-    return np.packbits(bits).tobytes().hex()
-
-
-def unpack(text: str, n: int) -> NDArray[np.bool_]:
-    """The first `n` bits of a hexadecimal string."""
-    packed = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
-    return np.unpackbits(packed, count=n).astype(np.bool_)
-
-
-def _not_worse_than_best(trials: list[FrozenTrial], direction: Direction) -> list[FrozenTrial]:
-    """The trials that paired tests cannot tell from the best one."""
+def rank(trial: FrozenTrial, direction: Direction) -> tuple[float, float]:
+    """What orders complete trials: the metric's value, larger for better, then output noise."""
     sign = 1.0 if direction == "maximize" else -1.0
-    best = max(trials, key=lambda trial: (sign * metric_value(trial), _sqnr(trial)))
-    rivals = [trial for trial in trials if not _tells_apart(best, trial, CORRECT_KEY)]
-    most_faithful = max(rivals, key=lambda trial: (_agreement(trial), _sqnr(trial)))
-    return [trial for trial in rivals if not _tells_apart(most_faithful, trial, AGREES_KEY)]
+    return sign * metric_value(trial), sqnr_db(trial)
 
 
-def _preferred(trials: list[FrozenTrial], prefer: Preference, direction: Direction) -> FrozenTrial:
-    """Of the fastest or the smallest trials the one with the least output noise, or the best."""
-    if prefer == "accuracy":
-        sign = 1.0 if direction == "maximize" else -1.0
-        # Noise alone does not tell of scores that are cut off at one value, and tie.
-        return max(
-            trials, key=lambda t: (sign * metric_value(t), _agreement(t), _sqnr(t), -t.number)
-        )
-    if prefer == "latency":
-        fastest = min(trials, key=_latency)
-        high = float(fastest.user_attrs.get("latency_high", 0.0))
-        limit = max(SAME_LATENCY * _latency(fastest), high)
-        few = [trial for trial in trials if _latency(trial) <= limit]
-    else:
-        limit = _SAME_SIZE * min(_size(trial) for trial in trials)
-        few = [trial for trial in trials if _size(trial) <= limit]
-    return max(few, key=lambda trial: (_sqnr(trial), -trial.number))
+def sqnr_db(trial: FrozenTrial) -> float:
+    """Signal over the output's noise of a trial, in decibels; 0 where it was not measured."""
+    return float(trial.user_attrs.get("sqnr_db") or 0.0)
 
 
-def _excess(trial: FrozenTrial) -> float:
-    """How far a trial is beyond its bounds on latency and size, as a share of them."""
-    constraints = trial.constraints
-    return sum(
-        max(0.0, constraints.get(name, 0.0)) for name in (LATENCY_CONSTRAINT, SIZE_CONSTRAINT)
-    )
-
-
-def _tells_apart(better: FrozenTrial, other: FrozenTrial, key: str) -> bool:
+def tells_apart(better: FrozenTrial, other: FrozenTrial, key: str) -> bool:
     """Whether `better` is better by more than chance explains; without bits, at all."""
     attributes: tuple[dict[str, Any], ...] = (better.user_attrs, other.user_attrs)
     if not all(key in each for each in attributes):
@@ -154,6 +118,52 @@ def _tells_apart(better: FrozenTrial, other: FrozenTrial, key: str) -> bool:
     return paired_difference_interval(first[common], second[common]).low > 0.0
 
 
+def pack(bits: NDArray[np.bool_]) -> str:
+    """Bits, shape (n,), as a hexadecimal string."""
+    return np.packbits(bits).tobytes().hex()
+
+
+def unpack(text: str, n: int) -> NDArray[np.bool_]:
+    """The first `n` bits of a hexadecimal string."""
+    packed = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    return np.unpackbits(packed, count=n).astype(np.bool_)
+
+
+def _not_worse_than_best(trials: list[FrozenTrial], direction: Direction) -> list[FrozenTrial]:
+    """The trials that paired tests cannot tell from the best one."""
+    best = max(trials, key=lambda trial: rank(trial, direction))
+    rivals = [trial for trial in trials if not tells_apart(best, trial, CORRECT_KEY)]
+    most_faithful = max(rivals, key=lambda trial: (_agreement(trial), sqnr_db(trial)))
+    return [trial for trial in rivals if not tells_apart(most_faithful, trial, AGREES_KEY)]
+
+
+def _preferred(trials: list[FrozenTrial], prefer: Preference, direction: Direction) -> FrozenTrial:
+    """Of the fastest or the smallest trials the one with the least output noise, or the best."""
+    if prefer == "accuracy":
+        # Noise alone does not tell of scores that are cut off at one value, and tie.
+        return max(
+            trials,
+            key=lambda t: (rank(t, direction)[0], _agreement(t), sqnr_db(t), -t.number),
+        )
+    if prefer == "latency":
+        fastest = min(trials, key=_latency)
+        high = float(fastest.user_attrs.get("latency_high", 0.0))
+        limit = max(SAME_LATENCY * _latency(fastest), high)
+        few = [trial for trial in trials if _latency(trial) <= limit]
+    else:
+        limit = _SAME_SIZE * min(_size(trial) for trial in trials)
+        few = [trial for trial in trials if _size(trial) <= limit]
+    return max(few, key=lambda trial: (sqnr_db(trial), -trial.number))
+
+
+def _excess(trial: FrozenTrial) -> float:
+    """How far a trial is beyond its bounds on latency and size, as a share of them."""
+    constraints = trial.constraints
+    return sum(
+        max(0.0, constraints.get(name, 0.0)) for name in (LATENCY_CONSTRAINT, SIZE_CONSTRAINT)
+    )
+
+
 def _latency(trial: FrozenTrial) -> float:
     return float(trial.user_attrs.get("latency_ratio", 1.0))
 
@@ -164,7 +174,3 @@ def _size(trial: FrozenTrial) -> float:
 
 def _agreement(trial: FrozenTrial) -> float:
     return float(trial.user_attrs.get("agreement") or 0.0)
-
-
-def _sqnr(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs.get("sqnr_db") or 0.0)

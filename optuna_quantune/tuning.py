@@ -64,6 +64,7 @@ from optuna_quantune.search.pruner import RacingPruner
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.selection import metric_value
 from optuna_quantune.selection import Preference
+from optuna_quantune.selection import rank
 from optuna_quantune.selection import SAME_LATENCY
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
@@ -400,13 +401,7 @@ def _chosen(
             break
     limit = SAME_LATENCY * min(latency.ratio for *_, latency in measured)
     fastest = [candidate for candidate in measured if candidate[-1].ratio <= limit]
-    return max(
-        fastest,
-        key=lambda candidate: (
-            metric.sign * metric_value(candidate[0]),
-            candidate[0].user_attrs.get("sqnr_db") or 0.0,
-        ),
-    )
+    return max(fastest, key=lambda candidate: rank(candidate[0], metric.direction))
 
 
 def _preference(objective: QuantizationObjective) -> Preference:

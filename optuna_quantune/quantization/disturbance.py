@@ -264,12 +264,14 @@ class _Part:
         inputs: The values that it begins with.
         tensors: The tensors that can be disturbed in it.
         added: Those of them with an addition; the others are among `inputs`.
+        written: The outputs that it computes.
     """
 
     session: onnxruntime.InferenceSession
     inputs: tuple[str, ...]
     tensors: tuple[str, ...]
     added: tuple[str, ...]
+    written: tuple[str, ...]
 
     @classmethod
     def of(
@@ -293,7 +295,8 @@ class _Part:
             declared=True,
         )
         session = make_session(proto, threads=threads, weights=_declared(proto, model.weights))
-        return cls(session, begins, tuple(tensors), added)
+        written_outputs = tuple(output.name for output in session.get_outputs())
+        return cls(session, begins, tuple(tensors), added, written_outputs)
 
     def run(
         self, names: Sequence[str], values: Values, disturbance: Disturbance
@@ -302,8 +305,7 @@ class _Part:
         feed = {name: values[name] for name in self.inputs}
         feed |= {_error(name): np.zeros(1, dtype=np.float32) for name in self.added}
         feed |= {_error(tensor): error} if tensor in self.added else {tensor: feed[tensor] + error}
-        written = [output.name for output in self.session.get_outputs()]
-        results = dict(zip(written, self.session.run(written, feed), strict=True))
+        results = dict(zip(self.written, self.session.run(self.written, feed), strict=True))
         # An output that is written before the cut changes only if it is what is disturbed.
         return [results.get(name, feed.get(name, values[name])) for name in names]
 

@@ -23,6 +23,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
@@ -70,6 +71,10 @@ class Layer:
     bias: str | None
     channel_axis: int
     groups: int
+
+    def has_corrected_bias(self, config: QuantizationConfig) -> bool:
+        """Whether a configuration takes the mean error of the layer off its bias."""
+        return config.bias_correction and self.bias is not None
 
     def by_group(self, weight: NDArray[Any]) -> NDArray[Any]:
         """The weight as (groups, output channels and input channels of a group, taps)."""

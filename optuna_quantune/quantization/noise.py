@@ -314,8 +314,7 @@ class NoiseModel:
         for name, layer in self._layers.items():
             if name in constants:
                 varying, shift = self._layer_error(layer, constants[name])
-                corrected = config.bias_correction and layer.bias is not None
-                error = varying if corrected else varying + shift
+                error = varying if layer.has_corrected_bias(config) else varying + shift
                 errors[name] = error * self._quantizer.share_left(layer, config)
         return errors
 

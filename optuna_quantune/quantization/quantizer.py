@@ -304,9 +304,16 @@ class Quantizer:
         self, layer: Layer, parameters: QuantizationParameters
     ) -> NDArray[np.float32]:
         """What a layer's weight loses by rounding to the nearest integers: these minus it."""
-        weight = self.model.weights[layer.weight]
         axis = layer.channel_axis if parameters.scale.ndim else None
-        return parameters.dequantize(parameters.quantize(weight, axis), axis) - weight
+        nearest = parameters.quantize(self.model.weights[layer.weight], axis)
+        return self._error_of(layer, parameters, nearest)
+
+    def _error_of(
+        self, layer: Layer, parameters: QuantizationParameters, integers: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """What the integers of a layer's weight stand for, minus the float weight."""
+        axis = layer.channel_axis if parameters.scale.ndim else None
+        return parameters.dequantize(integers, axis) - self.model.weights[layer.weight]
 
     def share_left(self, layer: Layer, config: QuantizationConfig) -> float:
         """Which share of that error's power in the output `config` is expected to leave.
@@ -316,7 +323,7 @@ class Quantizer:
         """
         if config.weight_rounding == "nearest":
             return 1.0
-        about_mean = config.bias_correction and layer.bias is not None
+        about_mean = layer.has_corrected_bias(config)
         return self._given_rounding().share_left(layer, about_mean=about_mean)
 
     def _given_rounding(self) -> WeightRounding:
@@ -334,7 +341,7 @@ class Quantizer:
         values = self._values(site, config)
         if site.tensor in self._layers and config.weight_rounding == "compensated":
             layer = self._layers[site.tensor]
-            about_mean = config.bias_correction and layer.bias is not None
+            about_mean = layer.has_corrected_bias(config)
             return self._given_rounding().integers(
                 layer, values, parameters, about_mean=about_mean
             )
@@ -354,8 +361,7 @@ class Quantizer:
             )
         shifts = self._bias_correction.shifts(
             {
-                layer.name: self._stored_weight(layer, constants, integers)
-                - self.model.weights[layer.weight]
+                layer.name: self._error_of(layer, constants[layer.weight], integers[layer.weight])
                 for layer in self.model.layers
                 if layer.weight in constants
             }
@@ -367,17 +373,6 @@ class Quantizer:
                 bias, shift = self._constants[site.tensor], shifts[readers[site.quantized]]
                 corrected[site.quantized] = bias - shift.reshape(bias.shape)
         return corrected
-
-    def _stored_weight(
-        self,
-        layer: Layer,
-        constants: Mapping[str, QuantizationParameters],
-        integers: Mapping[str, NDArray[np.int32]],
-    ) -> NDArray[np.float32]:
-        """What the integers of a layer's weight stand for."""
-        parameters = constants[layer.weight]
-        axis = layer.channel_axis if parameters.scale.ndim else None
-        return parameters.dequantize(integers[layer.weight], axis)
 
     def clipping_ranges(self) -> dict[str, tuple[float, float]]:
         """For each activation with statistics the range that clips it on all inputs."""

@@ -166,6 +166,26 @@ def test_names_that_match_nothing_are_refused(float_model: FloatModel) -> None:
         place(float_model, float_nodes=["Stem"])
 
 
+def loaded(
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, NDArray[np.float64]],
+    *,
+    size: int,
+    folder: Path,
+) -> FloatModel:
+    """A model from images of 4 x 8 x 8 values to images of 3 x size x size."""
+    graph = helper.make_graph(
+        nodes,
+        "nodes",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 4, 8, 8])],
+        [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["n", 3, size, size])],
+        [numpy_helper.from_array(v.astype(np.float32), name) for name, v in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(proto, folder / "model.onnx")
+    return load_float_model(folder / "model.onnx")
+
+
 def test_normalization_that_cannot_be_folded_is_quantized(
     make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
     run: Run,
@@ -179,7 +199,7 @@ def test_normalization_that_cannot_be_folded_is_quantized(
         "variance": rng.uniform(0.5, 1.5, 4),
         "weight": 0.2 * rng.normal(size=(3, 4, 3, 3)),
     }
-    graph = helper.make_graph(
+    model = loaded(
         [
             helper.make_node("Relu", ["input"], ["rectified"], "relu"),
             helper.make_node(
@@ -191,15 +211,11 @@ def test_normalization_that_cannot_be_folded_is_quantized(
             helper.make_node("Relu", ["normalized"], ["again"], "relu_again"),
             helper.make_node("Conv", ["again", "weight"], ["output"], "conv"),
         ],
-        "normalization",
-        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 4, 8, 8])],
-        [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["n", 3, 6, 6])],
-        [numpy_helper.from_array(v.astype(np.float32), name) for name, v in constants.items()],
+        constants,
+        size=6,
+        folder=tmp_path,
     )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(proto, tmp_path / "model.onnx")
     inputs = rng.normal(size=(32, 4, 8, 8)).astype(np.float32)
-    model = load_float_model(tmp_path / "model.onnx")
     quantized = make_quantizer(model, inputs).quantize(QuantizationConfig()).proto
     assert "normalized" in rounded_tensors(quantized)
     reference = run(model.proto, inputs)
@@ -221,22 +237,18 @@ def test_what_interpolates_has_steps_of_its_own(
         "sizes": np.array([1, 1, 2, 2]),
         "second": rng.normal(size=(3, 4, 1, 1)),
     }
-    graph = helper.make_graph(
+    model = loaded(
         [
             helper.make_node("Conv", ["input", "first"], ["before"], "conv"),
             helper.make_node("Relu", ["before"], ["rectified"], "relu"),
             helper.make_node("Resize", ["rectified", "", "sizes"], ["larger"], "up", mode=mode),
             helper.make_node("Conv", ["larger", "second"], ["output"], "last"),
         ],
-        "upsampling",
-        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 4, 8, 8])],
-        [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["n", 3, 12, 12])],
-        [numpy_helper.from_array(v.astype(np.float32), name) for name, v in constants.items()],
+        constants,
+        size=12,
+        folder=tmp_path,
     )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(proto, tmp_path / "model.onnx")
     inputs = rng.normal(size=(32, 4, 8, 8)).astype(np.float32)
-    model = load_float_model(tmp_path / "model.onnx")
     quantized = make_quantizer(model, inputs).quantize(QuantizationConfig()).proto
     steps = {n.input[0]: n.input[1] for n in quantized.graph.node if n.op_type == "QuantizeLinear"}
     assert (steps["larger"] == steps["before"]) is as_onnxruntime
