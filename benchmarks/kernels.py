@@ -97,7 +97,16 @@ class Block:
 
 def blocks() -> list[Block]:
     """A block for each rewriting."""
-    return [_groups(), _channels(), _joined(), _maxpool(), _average(), _hard_swish(), _lrn()]
+    return [
+        _groups(),
+        _channels(),
+        _joined(),
+        _maxpool(),
+        _average(),
+        _hard_swish(),
+        _normalization(),
+        _lrn(),
+    ]
 
 
 def _groups() -> Block:
@@ -163,6 +172,20 @@ def _hard_swish() -> Block:
         block.add("Mul", source)
         outputs, inputs, size, group = convolution
         block.conv(outputs, inputs, size, group=group)
+    return block
+
+
+def _normalization() -> Block:
+    """A unit of DenseNet-121."""
+    block = Block("BatchNormalization", (224, 28, 28))
+    start = block.conv(32, 224)
+    block.last = "x"
+    block.add("Concat", start, axis=1)
+    rng = np.random.default_rng(2)
+    shares = (rng.uniform(0.5, 2.0, 256).astype(np.float32) for _ in range(4))
+    block.add("BatchNormalization", *(block.constant(share) for share in shares))
+    block.add("Relu")
+    block.conv(128, 256)
     return block
 
 

@@ -22,6 +22,8 @@ something that was seen in profiles of ONNX Runtime 1.32 on x86-64:
 - A HardSigmoid between pairs, and so every HardSwish, is computed in float, and each of the pairs
   takes another pass over memory. It is a sum that saturates, which an integer Add does by itself
   where the ends of its steps are 0 and 1: a block of MobileNetV3 takes two thirds of the time.
+- A BatchNormalization that no convolution takes in, as behind the joined tensors of a DenseNet, is
+  computed in float between pairs that turn the layout. It is a depthwise convolution of one tap.
 - LRN raises every value to a power, one after the other: 100 of GoogLeNet's 150 ms. With the
   exponent 0.75, which it has in all published networks, two square roots do the same.
 """
@@ -56,6 +58,7 @@ _BLOCK: Final = 16
 # Channels that the depthwise kernels take at once.
 _CHANNELS_AT_ONCE: Final = {"float": 4, "int8": 16}
 _LRN_EXPONENT: Final = 0.75
+_LARGEST_WEIGHT: Final = 127
 _IMAGE_RANK: Final = 4
 _JOINING_OPS: Final = ("Add", "Concat")
 
@@ -81,6 +84,8 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
             _convolve(graph, node, shapes)
         elif node.op_type == "HardSigmoid":
             _add_and_saturate(graph, node)
+        elif node.op_type == "BatchNormalization":
+            _scale_channels(graph, node, shapes)
         elif node.op_type == "LRN":
             _take_square_roots(graph, node, shapes)
     for node in proto.graph.node:
@@ -416,6 +421,57 @@ def _convolve(graph: _Graph, pool: onnx.NodeProto, shapes: Shapes) -> None:
     convolution.attribute.extend(a for name in kept for a in pool.attribute if a.name == name)
     dequantize = helper.make_node("DequantizeLinear", weight[:-1], weight[-1:], axis=0)
     graph.replace(pool, [dequantize, convolution])
+
+
+def _scale_channels(graph: _Graph, norm: onnx.NodeProto, shapes: Shapes) -> None:
+    """Writes a BatchNormalization between pairs as an integer depthwise convolution of one tap.
+
+    A channel's factor is 127 steps of the channel's own scale, so that nothing is rounded but the
+    offset, to a 127th of a step of the input and less.
+    """
+    tensor, source = norm.output[0], graph.writers.get(norm.input[0])
+    shape = _shape_before(graph, norm, shapes)
+    reader = graph.sole_reader(tensor)
+    if reader is not None and reader.op_type in ACTIVATION_OPS:
+        reader = graph.sole_reader(reader.output[0])
+    if (
+        shape is None
+        or len(shape) != _IMAGE_RANK
+        or source is None
+        or source.op_type != "DequantizeLinear"
+        or reader is None
+        or reader.op_type != "QuantizeLinear"
+        or any(name not in graph.constants for name in norm.input[1:])
+    ):
+        return
+    gamma, beta, mean, variance = (graph.values(n).astype(np.float64) for n in norm.input[1:])
+    factor = gamma / np.sqrt(variance + attribute_of(norm, "epsilon", 1e-5))
+    step = float(graph.values(source.input[1]))
+    operands, nodes = [], []
+    for kind, integers, scale in _in_steps(factor, beta - mean * factor, step):
+        zeros = np.zeros(len(scale), integers.dtype)
+        names = [f"{tensor}__{kind}_{part}" for part in ("integers", "scale", "zero_point")]
+        for name, values in zip(names, (integers, scale, zeros), strict=True):
+            graph.add_constant(name, values)
+        operands.append(f"{tensor}__{kind}")
+        nodes.append(helper.make_node("DequantizeLinear", names, operands[-1:], axis=0))
+    inputs, channels = [norm.input[0], *operands], shape[1]
+    convolution = helper.make_node(
+        "Conv", inputs, [tensor], norm.name, group=channels, kernel_shape=[1, 1]
+    )
+    graph.replace(norm, [*nodes, convolution])
+
+
+def _in_steps(
+    factor: NDArray[np.float64], offset: NDArray[np.float64], step: float
+) -> list[tuple[str, NDArray[Any], NDArray[np.float32]]]:
+    """Integers and scales of a weight and a bias for each channel of an input with this step."""
+    # The offset has to fit into 32 bits, and a factor of 0 needs a scale, too.
+    scale = np.maximum(np.abs(factor) / _LARGEST_WEIGHT, np.abs(offset) / step / 2.0**30)
+    scale = np.where(scale > 0.0, scale, 1.0).astype(np.float32)
+    steps = scale * np.float32(step)
+    weight = np.rint(factor / scale).astype(np.int8).reshape(-1, 1, 1, 1)
+    return [("weight", weight, scale), ("bias", np.rint(offset / steps).astype(np.int32), steps)]
 
 
 def _add_and_saturate(graph: _Graph, gate: onnx.NodeProto) -> None:

@@ -66,6 +66,10 @@ _QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
 # Layers whose integer kernels can give float results (``QGemm``, ``MatMulIntegerToFloat``).
 FLOAT_RESULT_OPS: Final = ("Gemm", "MatMul")
 ACTIVATION_OPS: Final = ("Clip", "Relu")
+# Have no integer kernels on processors.
+_NORMALIZATION_OPS: Final = frozenset(
+    {"BatchNormalization", "InstanceNormalization", "LayerNormalization"}
+)
 PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
 
 
@@ -210,6 +214,33 @@ def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[st
             node.output[position] = instead.get(name, name)
     kept = [node for node in graph.node if id(node) not in unused]
     return _without_unused(placement, template, _shielded(kept, pairs.float_nodes), model)
+
+
+def keep_normalizations(placement: Placement, model: FloatModel) -> Placement:
+    """Gives normalizations their factors and offsets as floats.
+
+    ``quantize_static`` rounds them as the weights of a layer, the factors with one scale for all,
+    which is a loss for nothing where normalizations are computed in float.
+
+    Args:
+        placement: Where the pairs of `model` stand.
+        model: The prepared float model.
+    """
+    template = copy_of(placement.template)
+    view = GraphView(template.graph)
+    restored = {}
+    for site in placement.constants:
+        (dequantize,) = view.readers[site.quantized]
+        readers = view.readers.get(dequantize.output[0], [])
+        if readers and all(reader.op_type in _NORMALIZATION_OPS for reader in readers):
+            restored[dequantize.output[0]] = site.tensor
+    if not restored:
+        return placement
+    for node in template.graph.node:
+        if node.op_type in _NORMALIZATION_OPS:
+            refill(node.input, [restored.get(name, name) for name in node.input])
+    nodes = [node for node in template.graph.node if not restored.keys() & set(node.output)]
+    return _without_unused(placement, template, nodes, model)
 
 
 class _Pairs:

@@ -47,6 +47,7 @@ from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import ConstantSite
 from optuna_quantune.quantization.placement import keep_float
+from optuna_quantune.quantization.placement import keep_normalizations
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.placement import Placement
 from optuna_quantune.quantization.scheme import choose_parameters
@@ -165,7 +166,7 @@ class Quantizer:
         self._weight_rounding = weight_rounding
         self._placements: dict[tuple[tuple[str, ...], Fusion], Placement] = {}
         if placement is not None:
-            self._placements[(), "runtime"] = placement
+            self._placements[(), "runtime"] = self._as_represented(placement)
         self._ranges: dict[tuple[str, int, str, str], tuple[float, float]] = {}
         self._weight_ranges: dict[tuple[str, int | None, Scheme], Range] = {}
 
@@ -291,7 +292,7 @@ class Quantizer:
                 placement = (
                     keep_float(self.placement(()), self.model, float_layers)
                     if float_layers
-                    else place(self.model)
+                    else self._as_represented(place(self.model))
                 )
             elif fusion == "on":
                 placement = fuse(self.placement(float_layers))
@@ -299,6 +300,10 @@ class Quantizer:
                 placement = separate(self.placement(float_layers), self.model.proto.graph)
             self._placements[float_layers, fusion] = placement
         return self._placements[float_layers, fusion]
+
+    def _as_represented(self, placement: Placement) -> Placement:
+        kept = self.representation.for_kernels
+        return keep_normalizations(placement, self.model) if kept else placement
 
     def weight_error(
         self, layer: Layer, parameters: QuantizationParameters

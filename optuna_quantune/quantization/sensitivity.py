@@ -15,21 +15,18 @@ outputs that a last layer need not round.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 from collections.abc import Set
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Final
 
 import numpy as np
-import onnx
 
 from optuna_quantune.quantization.graph import GraphView
-from optuna_quantune.quantization.graph import tensor_shapes
-from optuna_quantune.quantization.kernels import groups_of
-from optuna_quantune.quantization.kernels import MOST_GROUPS
 from optuna_quantune.quantization.model import FloatModel
-from optuna_quantune.quantization.model import WEIGHTED_OPS
+from optuna_quantune.quantization.node_time import conversion_time
+from optuna_quantune.quantization.node_time import node_time
+from optuna_quantune.quantization.node_time import sizes_of
 from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import FLOAT_RESULT_OPS
@@ -41,14 +38,6 @@ from optuna_quantune.quantization.placement import Placement
 LONGEST_ORDER: Final = 12
 # A node has to take away this share of the whole noise, or of the whole time, to be listed.
 _NEGLIGIBLE: Final = 0.002
-# Nanoseconds of one thread (ONNX Runtime 1.32, x86-64 with VNNI, from profiles of five CNNs).
-_MULTIPLICATION: Final = {"float": 0.020, "int8": 0.006}
-_VALUE: Final = {"float": 0.6, "int8": 0.2}
-# The integer convolution copies its input together tap by tap, however few channels a tap has; the
-# float one has a kernel of its own for few channels.
-_COPIED_TAP: Final = {"float": 0.0, "int8": 6.0}
-_FEW_CHANNELS: Final = 4
-_CONVERSION: Final = 0.8
 
 
 def float_order(
@@ -137,7 +126,7 @@ class _Graph:
     @classmethod
     def of(cls, model: FloatModel, placement: Placement, noise: NoisePrediction) -> _Graph:
         proto = model.proto.graph
-        sizes = _sizes(proto)
+        sizes = sizes_of(proto)
         of_site = {site.tensor: site.statistics for site in placement.activations}
         template = placement.template.graph
         dequantized = {n.output[0] for n in template.node if n.op_type == "DequantizeLinear"}
@@ -172,8 +161,8 @@ class _Graph:
                 continue
             nodes[node.name] = _Node(
                 noise.weights.get(weights.get(node.name, ""), 0.0),
-                _time(node, model, sizes, "int8"),
-                _time(node, model, sizes, "float"),
+                node_time(node, model, sizes, "int8"),
+                node_time(node, model, sizes, "float"),
                 frozenset([*keys, written]),
             )
         written_by = GraphView(proto).writers
@@ -249,32 +238,4 @@ class _Graph:
         integer_readers, float_readers = self._split(tensor.readers, chosen)
         quantized = integer_readers and (float_writers or not tensor.writers)
         dequantized = integer_writers and float_readers
-        return _CONVERSION * tensor.values * (bool(quantized) + bool(dequantized))
-
-
-def _time(
-    node: onnx.NodeProto, model: FloatModel, sizes: Mapping[str, Sequence[int]], kind: str
-) -> float:
-    """Nanoseconds that a node takes for one input."""
-    read, written = sizes.get(node.input[0], ()), sizes.get(node.output[0], ())
-    values = float(np.prod(written))
-    if node.op_type in WEIGHTED_OPS and node.input[1] in model.weights:
-        weight = model.weights[node.input[1]]
-        if node.op_type != "Conv":
-            return _MULTIPLICATION[kind] * weight.size * float(np.prod(written[:-1]))
-        positions = float(np.prod(written[1:]))
-        taps = float(np.prod(weight.shape[2:]))
-        groups = groups_of(node)
-        made_dense = kind == "int8" and weight.shape[1] > 1 and groups <= MOST_GROUPS
-        multiplications = weight.size * positions * (groups if made_dense else 1)
-        time = _MULTIPLICATION[kind] * multiplications + _VALUE[kind] * values
-        if weight.shape[1] > 1 and read and read[0] <= _FEW_CHANNELS:
-            time += _COPIED_TAP[kind] * taps * positions
-        return time
-    return _VALUE[kind] * max(values, float(np.prod(read)))
-
-
-def _sizes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    """Shapes of activations for one input, without the batch axis; unknown sizes count as 1."""
-    shapes = tensor_shapes(graph).items()
-    return {name: tuple(size or 1 for size in shape[1:]) for name, shape in shapes}
+        return conversion_time(tensor.values) * (bool(quantized) + bool(dequantized))

@@ -338,6 +338,71 @@ def test_a_hard_sigmoid_is_the_same_integers_from_a_sum(
     assert np.abs(difference).max() < 0.05 * np.abs(run(plain, INPUTS)).max()
 
 
+def normalized(factors: NDArray[np.float64], *, relu: bool) -> onnx.ModelProto:
+    """A normalization that no convolution can take in, because a Concat is before it."""
+    make = helper.make_node
+    names = ["gamma", "beta", "mean", "variance"]
+    nodes = [
+        make("Conv", ["input", "weight"], ["a"], name="first"),
+        make("Concat", ["a", "input"], ["b"], name="join", axis=1),
+        make("BatchNormalization", ["b", *names], ["c"], name="norm", epsilon=1e-3),
+        *([make("Relu", ["c"], ["d"], name="relu")] if relu else []),
+        make("Conv", ["d" if relu else "c", "last_weight"], ["e"], name="last"),
+    ]
+    constants = {
+        "weight": RNG.standard_normal((12, 12, 1, 1)) / 3,
+        "last_weight": RNG.standard_normal((4, 24, 1, 1)) / 3,
+        "gamma": factors,
+        "beta": RNG.standard_normal(24),
+        "mean": RNG.standard_normal(24),
+        "variance": RNG.uniform(0.5, 2.0, 24) + np.square(factors),
+    }
+    return build(nodes, {n: values.astype(np.float32) for n, values in constants.items()}, "e")
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-12, 0.0])
+def test_a_batch_normalization_is_the_same_integers_from_a_convolution(
+    smallest: float,
+    granularity: str,
+    relu: bool,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    factors = RNG.standard_normal(24)
+    factors[:3] *= smallest
+    _, quantizer = quantizers(normalized(factors, relu=relu), tmp_path)
+    config = QuantizationConfig.from_dict({"granularity": granularity})
+    written = quantizer.quantize(config).proto
+    monkeypatch.setattr("optuna_quantune.quantization.kernels._scale_channels", lambda *_: None)
+    plain = quantizer.quantize(config).proto
+    onnx.checker.check_model(written)
+    assert operators(plain)["BatchNormalization"] == 1
+    assert operators(written)["BatchNormalization"] == 0
+    assert optimized(plain, tmp_path)["QLinearConv"] == 2
+    assert optimized(written, tmp_path)["QLinearConv"] == 3
+    # A value halfway between two integers may become either, and each changes all channels a bit.
+    difference = run(written, INPUTS) - run(plain, INPUTS)
+    assert np.mean(difference != 0.0) < 0.05
+    assert np.abs(difference).max() < 0.05 * np.abs(run(plain, INPUTS)).max()
+
+
+def test_the_factors_of_normalizations_are_not_rounded(tmp_path: Path, run: Run) -> None:
+    factors = RNG.standard_normal(24)
+    factors[0] = 300.0  # with one scale for all, little is left of the others
+    model = normalized(factors, relu=True)
+    before, after = quantizers(model, tmp_path)
+    plain, written = (q.quantize(QuantizationConfig()).proto for q in (before, after))
+    initializers = [{i.name for i in proto.graph.initializer} for proto in (plain, written)]
+    assert "gamma_quantized" in initializers[0]  # the trap
+    assert not any(name.startswith(("gamma_", "beta_")) for name in initializers[1])
+    reference = run(model, INPUTS)
+    errors = [np.mean(np.square(run(proto, INPUTS) - reference)) for proto in (plain, written)]
+    assert errors[1] < 0.1 * errors[0]
+
+
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric_uint8"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("float_names", [(), ("first",), ("last",)])

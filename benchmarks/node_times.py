@@ -1,0 +1,163 @@
+"""What nodes take with integers and in float, beside what the order of float layers rests on.
+
+    taskset -c 1 python -m benchmarks.node_times
+
+`optuna_quantune/quantization/node_time.py` estimates the time of a node from its shapes. Here it
+is measured: a network of a few equal nodes is run in turns with one of more of them, and the
+difference is shared out, so that neither the ends of a network nor a profiler are part of it. A
+conversion is half of what it costs to leave one of the layers in float. Shapes are those of
+published networks; one input, one thread. Results: `benchmarks/results/node_times/`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks import machine
+from benchmarks.kernels import Block
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.evaluation.latency import latency_ratio
+from optuna_quantune.evaluation.runner import make_session
+from optuna_quantune.quantization.calibration import calibrate
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.node_time import conversion_time
+from optuna_quantune.quantization.node_time import node_time
+from optuna_quantune.quantization.node_time import sizes_of
+from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.quantizer import required_activations
+
+
+RESULTS = Path(__file__).parent / "results" / "node_times"
+REPEATS = 200
+# Equal nodes in the shorter and in the longer network; the second one is kept in float.
+FEW, MORE = 3, 7
+IN_FLOAT = "node_1"
+# Channels and height of the activations.
+SHAPES = ((16, 32), (24, 56), (64, 56), (96, 112), (128, 28), (256, 14), (512, 7), (1024, 7))
+# Longer than any that is published.
+LONGEST = 2e9
+
+NODES: dict[str, Callable[[Block, int], str]] = {
+    "Conv 1x1": lambda block, channels: block.conv(channels, channels),
+    "Conv 3x3": lambda block, channels: block.conv(channels, channels, 3),
+    "Conv 3x3, depthwise": lambda block, channels: block.conv(
+        channels, channels, 3, group=channels
+    ),
+    "Add": lambda block, _: block.add("Add", "first"),
+}
+
+
+def network(kind: str, shape: tuple[int, int], number: int) -> FloatModel:
+    """So many equal nodes between two convolutions."""
+    channels, size = shape
+    block = Block(kind, (channels, size, size))
+    block.conv(channels, channels)
+    block.nodes[-1].output[0] = block.last = "first"
+    for index in range(number):
+        NODES[kind](block, channels)
+        block.nodes[-1].name = f"node_{index}"
+    block.conv(channels, channels)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        block.save(path)
+        return load_float_model(path)
+
+
+def quantized(model: FloatModel, inputs: ArrayInputs, *in_float: str) -> bytes:
+    """The network with integers, all but some nodes."""
+    counted = calibrate(model, inputs, required_activations(place(model)), sizes=("all",))
+    quantizer = Quantizer(model, counted)
+    quantizer.float_order = (in_float,)
+    proto = quantizer.quantize(QuantizationConfig(float_layers=len(in_float))).proto
+    return bytes(proto.SerializeToString())
+
+
+def measure(kind: str, shape: tuple[int, int]) -> dict[str, object]:
+    """Microseconds of such a node and of a conversion, measured and estimated."""
+    channels, size = shape
+    values = np.random.default_rng(1).standard_normal((4, channels, size, size))
+    inputs = ArrayInputs({"x": values.astype(np.float32)})
+    few, more = (network(kind, shape, number) for number in (FEW, MORE))
+    integers = quantized(few, inputs)
+
+    def longer(first: bytes, second: bytes) -> float:
+        """How much longer the second one takes."""
+        sessions = [make_session(model, spinning=False) for model in (second, first)]
+        feeds = list(inputs.batches(1))
+        found = latency_ratio(*sessions, feeds, repeats=REPEATS)
+        return 1e3 * (found.median_ms - found.reference_median_ms)
+
+    def node(first: bytes, second: bytes) -> float:
+        return longer(first, second) / (MORE - FEW)
+
+    measured = {
+        "float": node(few.proto.SerializeToString(), more.proto.SerializeToString()),
+        "int8": node(integers, quantized(more, inputs)),
+    }
+    if kind != "Add":  # between integers it is computed with integers, whatever is wished
+        mixed = longer(integers, quantized(few, inputs, IN_FLOAT))
+        measured["conversion"] = (mixed + measured["int8"] - measured["float"]) / 2
+    sizes = sizes_of(few.proto.graph)
+    (middle,) = (n for n in few.proto.graph.node if n.name == IN_FLOAT)
+    estimated = {
+        "float": node_time(middle, few, sizes, "float"),
+        "int8": node_time(middle, few, sizes, "int8"),
+        "conversion": conversion_time(float(channels * size * size)),
+    }
+    row: dict[str, object] = {"node": kind, "channels": channels, "size": size}
+    for what, microseconds in measured.items():
+        row[f"{what}, us"] = round(microseconds, 1)
+        row[f"{what} estimated, us"] = round(estimated[what] / 1e3, 1)
+    return row
+
+
+def cases() -> list[tuple[str, tuple[int, int]]]:
+    """Every node with every shape, but for the longest."""
+    return [
+        (kind, (channels, size))
+        for kind in NODES
+        for channels, size in SHAPES
+        if kind != "Conv 3x3" or 9.0 * channels**2 * size**2 < LONGEST
+    ]
+
+
+def main() -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows: Sequence[dict[str, object]] = [measure(*case) for case in cases()]
+    frame = pd.DataFrame(rows)
+    frame.to_csv(RESULTS / "node_times.csv", index=False)
+    errors = []
+    for what in ("float", "int8", "conversion"):
+        ratio = np.log2(frame[f"{what} estimated, us"] / frame[f"{what}, us"].clip(lower=0.5))
+        errors.append(
+            f"{what} {2 ** ratio.median():.2f} ({2 ** ratio.quantile(0.1):.2f} to "
+            f"{2 ** ratio.quantile(0.9):.2f})"
+        )
+    cells = frame.fillna("").astype(str).to_numpy().tolist()
+    table = [list(frame.columns), ["---"] * len(frame.columns), *cells]
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    text = f"""# Estimated times of nodes
+
+`taskset -c 1 python -m benchmarks.node_times`; {machine.as_markdown(machine.describe())}.
+
+Microseconds of a node in the middle of a network, and of making floats of integers or integers of
+floats there; medians of {REPEATS} runs in turns. Estimated over measured, median (10th to 90th
+percentile): {"; ".join(errors)}.
+
+{lines}
+"""
+    (RESULTS / "README.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What nodes are expected to take: how the estimates compare, not how long anything takes here."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from onnx import numpy_helper
+from onnx import TensorProto
+
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.node_time import conversion_time
+from optuna_quantune.quantization.node_time import Kind
+from optuna_quantune.quantization.node_time import node_time
+
+
+SIZES = {"x": (64, 28, 28), "few": (3, 28, 28), "row": (512,), "rows": (64, 512)}
+WEIGHTS = {
+    "pointwise": (64, 64, 1, 1),
+    "dense": (64, 64, 3, 3),
+    "depthwise": (64, 1, 3, 3),
+    "grouped": (64, 16, 3, 3),
+    "stem": (64, 3, 3, 3),
+    "linear": (512, 512),
+}
+INPUTS = {"stem": "few", "linear": "row"}
+GROUPS = {"depthwise": 64, "grouped": 4}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> FloatModel:
+    """Every kind of layer beside the others."""
+    value = helper.make_tensor_value_info
+    nodes = []
+    for name in WEIGHTS:
+        source, output = INPUTS.get(name, "x"), f"{name}.out"
+        if name == "linear":
+            nodes.append(helper.make_node("MatMul", [source, name], [output], name))
+            continue
+        pads = [WEIGHTS[name][-1] // 2] * 4
+        attributes = {"pads": pads, "group": GROUPS.get(name, 1)}
+        nodes.append(helper.make_node("Conv", [source, name], [output], name, **attributes))
+    nodes.append(helper.make_node("Add", ["x", "dense.out"], ["add.out"], "add"))
+    graph = helper.make_graph(
+        nodes,
+        "layers",
+        [value(n, TensorProto.FLOAT, ["n", *SIZES[n]]) for n in ("x", "few", "row")],
+        [value(f"{n.name}.out", TensorProto.FLOAT, None) for n in nodes],
+        [numpy_helper.from_array(np.ones(s, np.float32), n) for n, s in WEIGHTS.items()],
+    )
+    path = tmp_path_factory.mktemp("layers") / "layers.onnx"
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(proto), path)
+    return load_float_model(path)
+
+
+def time(model: FloatModel, name: str, kind: Kind, read: str | None = None) -> float:
+    (node,) = (n for n in model.proto.graph.node if n.name == name)
+    source = read or INPUTS.get(name, "x")
+    written = (64, 28, 28) if name != "linear" else SIZES[source]
+    return node_time(node, model, {node.input[0]: SIZES[source], node.output[0]: written}, kind)
+
+
+@pytest.mark.parametrize("name", ["pointwise", "dense", "linear", "add"])
+def test_integers_take_less_time_where_there_is_much_to_multiply_or_to_read(
+    model: FloatModel, name: str
+) -> None:
+    assert time(model, name, "int8") < 0.8 * time(model, name, "float")
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_what_multiplies_more_takes_longer(model: FloatModel, kind: Kind) -> None:
+    assert time(model, "depthwise", kind) < 0.5 * time(model, "dense", kind)
+    assert time(model, "pointwise", kind) < 0.5 * time(model, "dense", kind)
+    assert time(model, "linear", kind) < 0.5 * time(model, "linear", kind, read="rows")
+
+
+def test_the_integer_layer_with_few_channels_copies_them_tap_by_tap(model: FloatModel) -> None:
+    assert time(model, "stem", "int8") > 0.9 * time(model, "stem", "float")
+
+
+def test_integer_convolutions_of_few_groups_are_dense(model: FloatModel) -> None:
+    assert time(model, "grouped", "int8") == time(model, "dense", "int8") - 0.15 * 27648
+    assert time(model, "grouped", "float") < 0.5 * time(model, "dense", "float")
+
+
+def test_a_conversion_takes_a_pass_over_the_values() -> None:
+    assert conversion_time(2e5) == pytest.approx(2.0 * conversion_time(1e5), rel=0.1)
+    assert conversion_time(1e6) > 5.5 * conversion_time(2e5)  # they leave the cache
