@@ -11,6 +11,7 @@ published networks; one input, one thread. Results: `benchmarks/results/node_tim
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from optuna_quantune.quantization.node_time import node_time
 from optuna_quantune.quantization.node_time import sizes_of
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.quantization.quantizer import Representation
 from optuna_quantune.quantization.quantizer import required_activations
 
 
@@ -52,8 +54,16 @@ NODES: dict[str, Callable[[Block, int], str]] = {
     "Conv 3x3, depthwise": lambda block, channels: block.conv(
         channels, channels, 3, group=channels
     ),
+    "Conv 1x1, Clip": lambda block, channels: _clipped(block, channels),
     "Add": lambda block, _: block.add("Add", "first"),
 }
+
+
+def _clipped(block: Block, channels: int) -> str:
+    """A convolution and a ReLU6."""
+    block.conv(channels, channels)
+    ends = (block.constant(np.array(end, np.float32)) for end in (0.0, 6.0))
+    return block.add("Clip", *ends)
 
 
 def network(kind: str, shape: tuple[int, int], number: int) -> FloatModel:
@@ -63,8 +73,9 @@ def network(kind: str, shape: tuple[int, int], number: int) -> FloatModel:
     block.conv(channels, channels)
     block.nodes[-1].output[0] = block.last = "first"
     for index in range(number):
+        start = len(block.nodes)
         NODES[kind](block, channels)
-        block.nodes[-1].name = f"node_{index}"
+        block.nodes[start].name = f"node_{index}"
     block.conv(channels, channels)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
@@ -75,7 +86,7 @@ def network(kind: str, shape: tuple[int, int], number: int) -> FloatModel:
 def quantized(model: FloatModel, inputs: ArrayInputs, *in_float: str) -> bytes:
     """The network with integers, all but some nodes."""
     counted = calibrate(model, inputs, required_activations(place(model)), sizes=("all",))
-    quantizer = Quantizer(model, counted)
+    quantizer = Quantizer(model, counted, representation=Representation(for_kernels=True))
     quantizer.float_order = (in_float,)
     proto = quantizer.quantize(QuantizationConfig(float_layers=len(in_float))).proto
     return bytes(proto.SerializeToString())
@@ -106,11 +117,13 @@ def measure(kind: str, shape: tuple[int, int]) -> dict[str, object]:
     if kind != "Add":  # between integers it is computed with integers, whatever is wished
         mixed = longer(integers, quantized(few, inputs, IN_FLOAT))
         measured["conversion"] = (mixed + measured["int8"] - measured["float"]) / 2
-    sizes = sizes_of(few.proto.graph)
     (middle,) = (n for n in few.proto.graph.node if n.name == IN_FLOAT)
+    estimate = functools.partial(
+        node_time, middle, few, sizes_of(few.proto.graph), clipped=kind.endswith("Clip")
+    )
     estimated = {
-        "float": node_time(middle, few, sizes, "float"),
-        "int8": node_time(middle, few, sizes, "int8"),
+        "float": estimate("float"),
+        "int8": estimate("int8"),
         "conversion": conversion_time(float(channels * size * size)),
     }
     row: dict[str, object] = {"node": kind, "channels": channels, "size": size}
@@ -142,7 +155,7 @@ def main() -> None:
             f"{what} {2 ** ratio.median():.2f} ({2 ** ratio.quantile(0.1):.2f} to "
             f"{2 ** ratio.quantile(0.9):.2f})"
         )
-    cells = frame.fillna("").astype(str).to_numpy().tolist()
+    cells = frame.astype(object).fillna("").astype(str).to_numpy().tolist()
     table = [list(frame.columns), ["---"] * len(frame.columns), *cells]
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     text = f"""# Estimated times of nodes

@@ -142,6 +142,7 @@ class _Graph:
         weights = {layer.name: layer.weight for layer in model.layers}
         nodes: dict[str, _Node] = {}
         passed_on: dict[str, str] = {}  # through nodes that only move or cut values
+        view = GraphView(proto)
         for node in proto.node:
             keys = []
             for name in node.input:
@@ -159,15 +160,16 @@ class _Graph:
                 tensors[written].writers.add(node.name)
             if node.name not in integer or written is None or not keys:
                 continue
+            reader = view.sole_reader(node.output[0])
+            clipped = reader is not None and reader.op_type == "Clip"
             nodes[node.name] = _Node(
                 noise.weights.get(weights.get(node.name, ""), 0.0),
-                node_time(node, model, sizes, "int8"),
-                node_time(node, model, sizes, "float"),
+                node_time(node, model, sizes, "int8", clipped=clipped),
+                node_time(node, model, sizes, "float", clipped=clipped),
                 frozenset([*keys, written]),
             )
-        written_by = GraphView(proto).writers
         for output in proto.output:
-            writer = written_by.get(output.name)
+            writer = view.writers.get(output.name)
             if (
                 writer is not None
                 and writer.name in nodes
