@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # With 5 pairs even the interval from the smallest to the largest ratio holds the median with
 # probability 1 - 2 / 2^5 = 93.75 % only.
 _MIN_REPEATS = 6
+_MOST_REPEATS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ def latency_ratio(
     feeds: Sequence[dict[str, NDArray[Any]]],
     *,
     repeats: int = 30,
+    seconds: float = 0.1,
     warmup: int = 5,
 ) -> LatencyRatio:
     """Compare the latency of two models, run by run in turns.
@@ -64,7 +66,9 @@ def latency_ratio(
         session: The model.
         reference_session: The reference, in general the float model.
         feeds: Inputs by name, in general of batch size 1; used in turns.
-        repeats: Measured runs of each model, at least 6.
+        repeats: Measured runs of each model, at least 6; small models are run more often.
+        seconds: How long models are run in turns at least, up to 1,000 times each: a few runs of
+            a tenth of a millisecond say little.
         warmup: Runs of each model before, not measured: the first ones allocate memory.
 
     Raises:
@@ -74,17 +78,22 @@ def latency_ratio(
         raise InputError("latency needs at least one input")
     if repeats < _MIN_REPEATS:
         raise InputError(f"latency needs at least {_MIN_REPEATS} repeats, not {repeats}")
-    milliseconds = np.empty((repeats, 2))
+    pairs: list[tuple[float, float]] = []
     sessions = (session, reference_session)
+    total = 0.0
     with CORES.take():  # no other trial of this process runs meanwhile
-        for turn in range(-warmup, repeats):
-            feed = feeds[turn % len(feeds)]
+        for turn in range(-warmup, max(repeats, _MOST_REPEATS)):
+            if turn >= repeats and total >= 1e3 * seconds:
+                break
+            pair = [0.0, 0.0]
             for which in (0, 1) if turn % 2 == 0 else (1, 0):
                 begin = time.perf_counter_ns()
-                sessions[which].run(None, feed)
-                elapsed = (time.perf_counter_ns() - begin) / 1e6
-                if turn >= 0:
-                    milliseconds[turn, which] = elapsed
+                sessions[which].run(None, feeds[turn % len(feeds)])
+                pair[which] = (time.perf_counter_ns() - begin) / 1e6
+            if turn >= 0:
+                pairs.append((pair[0], pair[1]))
+                total += sum(pair)
+    milliseconds = np.array(pairs)
     low, ratio, high = median_interval(milliseconds[:, 0] / milliseconds[:, 1])
     median, reference_median = np.median(milliseconds, axis=0).tolist()
     return LatencyRatio(median, reference_median, ratio, low, high)

@@ -48,8 +48,17 @@ def test_ratio_is_model_over_reference(clock: Clock) -> None:
 
 
 def test_runs_alternate_in_order_so_that_noise_hits_both(clock: Clock) -> None:
-    latency_ratio(clock.session("q", 1), clock.session("f", 1), [FEED], repeats=6, warmup=2)
+    model, reference = clock.session("q", 1), clock.session("f", 1)
+    latency_ratio(model, reference, [FEED], repeats=6, seconds=0, warmup=2)
     assert "".join(clock.calls) == "qffq" * 4
+
+
+def test_fast_models_are_run_more_often(clock: Clock) -> None:
+    for milliseconds, expected in ((10.0, 6), (0.5, 100), (1e-3, 1000)):
+        clock.calls.clear()
+        model, reference = (clock.session(name, milliseconds) for name in "qf")
+        latency_ratio(model, reference, [FEED], repeats=6, seconds=0.1, warmup=0)
+        assert clock.calls.count("q") == clock.calls.count("f") == expected
 
 
 def test_a_slow_phase_of_the_machine_does_not_change_the_ratio(clock: Clock) -> None:
