@@ -100,6 +100,7 @@ def blocks() -> list[Block]:
     return [
         _groups(),
         _channels(),
+        _few_channels(),
         _joined(),
         _maxpool(),
         _average(),
@@ -129,6 +130,17 @@ def _channels() -> Block:
     block.conv(60, 60, 3, group=60)
     block.add("Relu")
     block.conv(24, 60)
+    return block
+
+
+def _few_channels() -> Block:
+    """A module of GhostNet."""
+    block = Block("few depthwise channels", (24, 56, 56))
+    block.conv(12, 24)
+    start = block.add("Relu")
+    block.conv(12, 12, 3, group=12)
+    block.add("Concat", start, axis=1)
+    block.conv(24, 24)
     return block
 
 

@@ -12,6 +12,7 @@ something that was seen in profiles of ONNX Runtime 1.32 on x86-64:
 - The integer depthwise convolution takes channels by sixteens and the rest one by one: with 60 of
   them it takes three times as long as with 64. Channels of zeros, which the convolution before it
   writes and the one behind it does not need, fill them up. (The float one likewise, by fours.)
+  Where others read its channels, and there are few, the dense one with zeros takes half as long.
 - Integer convolutions compute with channels last, and everything that follows one with integers
   does, too. What comes quantized from a float node does not: where an Add or Concat joins the two,
   as at the head of a residual network, each further convolution is wrapped in two transposes. A
@@ -53,6 +54,9 @@ from optuna_quantune.quantization.placement import PAIR_OPS
 # Integer convolutions with up to so many groups are made dense, which multiplies as many times as
 # much; with more groups that is the slower way.
 MOST_GROUPS: Final = 8
+# Integer depthwise convolutions of up to so many channels, that do not come in eights, are, too.
+_FEW_CHANNELS: Final = 20
+_EIGHT: Final = 8
 # Channels of a block in float convolutions' layout.
 _BLOCK: Final = 16
 # Channels that the depthwise kernels take at once.
@@ -96,6 +100,7 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
     for node in proto.graph.node:
         if node.op_type == "Conv":
             _fill_up_channels(graph, node)
+            _make_few_dense(graph, node)
     graph.write()
 
 
@@ -151,15 +156,31 @@ def _make_dense(graph: _Graph, conv: onnx.NodeProto) -> None:
     blocked = outputs % _BLOCK == 0 and inputs % _BLOCK == 0
     if inputs == 1 or (len(operands[0]) == 1 and blocked):
         return
+    _write_zeros_between(graph, conv, operands[0])
+
+
+def _make_few_dense(graph: _Graph, depthwise: onnx.NodeProto) -> None:
+    """Does the same to an integer depthwise convolution of a few odd channels."""
+    operands, channels = _operands(graph, depthwise), groups_of(depthwise)
+    if operands is None or len(operands[0]) == 1 or channels == 1:
+        return
+    odd = channels % _EIGHT != 0 and channels <= _FEW_CHANNELS
+    if odd and graph.values(operands[0][0]).shape[:2] == (channels, 1):
+        _write_zeros_between(graph, depthwise, operands[0])
+
+
+def _write_zeros_between(graph: _Graph, conv: onnx.NodeProto, names: tuple[str, ...]) -> None:
+    weight, groups = graph.values(names[0]), groups_of(conv)
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
     dense = np.full(
         (len(weight), inputs * groups, *weight.shape[2:]),
-        _zero(graph, operands[0]),
+        _zero(graph, names),
         weight.dtype,
     )
     for group in range(groups):
         rows = slice(group * outputs, (group + 1) * outputs)
         dense[rows, group * inputs : (group + 1) * inputs] = weight[rows]
-    graph.add_constant(operands[0][0], dense)
+    graph.add_constant(names[0], dense)
     for attribute in conv.attribute:
         if attribute.name == "group":
             attribute.i = 1

@@ -446,3 +446,37 @@ def test_a_convolution_of_one_channel_is_no_depthwise_one(tmp_path: Path, run: R
     before, after = quantizers(build(nodes, weights, "c"), tmp_path)
     plain, written = (q.quantize(QuantizationConfig()).proto for q in (before, after))
     np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(
+    ("channels", "in_float", "made_dense"),
+    [(6, False, True), (6, True, False), (8, False, False), (22, False, False)],
+)
+def test_a_few_odd_channels_that_others_read_are_multiplied_with_zeros(
+    channels: int, in_float: bool, made_dense: bool, granularity: str, tmp_path: Path, run: Run
+) -> None:
+    """A unit of GhostNet: the depthwise convolution's input is a part of the result, too."""
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["input", "first"], ["a"], name="first"),
+        make("Relu", ["a"], ["b"], name="relu"),
+        make("Conv", ["b", "depth"], ["c"], name="depth", group=channels, pads=[1] * 4),
+        make("Concat", ["b", "c"], ["d"], name="join", axis=1),
+        make("Conv", ["d", "last"], ["e"], name="last"),
+    ]
+    shapes = {
+        "first": (channels, 12, 1, 1),
+        "depth": (channels, 1, 3, 3),
+        "last": (4, 2 * channels, 1, 1),
+    }
+    weights: dict[str, NDArray[np.generic]] = {
+        name: RNG.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    before, after = quantizers(build(nodes, weights, "e"), tmp_path)
+    before.float_order = after.float_order = (("depth",) if in_float else (),)
+    config = QuantizationConfig.from_dict({"granularity": granularity, "float_layers": 1})
+    plain, written = (q.quantize(config).proto for q in (before, after))
+    onnx.checker.check_model(written, full_check=True)
+    assert groups(written)["depth"] == (1 if made_dense else channels)
+    np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
