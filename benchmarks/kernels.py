@@ -106,6 +106,7 @@ def blocks() -> list[Block]:
         _average(),
         _hard_swish(),
         _normalization(),
+        _gelu(),
         _lrn(),
     ]
 
@@ -198,6 +199,20 @@ def _normalization() -> Block:
     block.add("BatchNormalization", *(block.constant(share) for share in shares))
     block.add("Relu")
     block.conv(128, 256)
+    return block
+
+
+def _gelu() -> Block:
+    """The two linear layers of ConvNeXt's second stage."""
+    block = Block("GELU", (80, 28, 28))
+    block.conv(320, 80)
+    source = block.last
+    block.add("Div", block.constant(np.array(2.0**0.5, np.float32)))
+    block.add("Erf")
+    block.add("Add", block.constant(np.array(1.0, np.float32)))
+    block.add("Mul", source)
+    block.add("Mul", block.constant(np.array(0.5, np.float32)))
+    block.conv(80, 320)
     return block
 
 

@@ -32,6 +32,7 @@ from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.digest import canonical_digest
 from optuna_quantune.quantization.fusion import fuse
 from optuna_quantune.quantization.fusion import separate
+from optuna_quantune.quantization.gelu import find_gelus
 from optuna_quantune.quantization.graph import constant_values
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
@@ -165,8 +166,7 @@ class Quantizer:
         self._bias_correction = bias_correction
         self._weight_rounding = weight_rounding
         self._placements: dict[tuple[tuple[str, ...], Fusion], Placement] = {}
-        if placement is not None:
-            self._placements[(), "runtime"] = self._as_represented(placement)
+        self._whole = placement
         self._ranges: dict[tuple[str, int, str, str], tuple[float, float]] = {}
         self._weight_ranges: dict[tuple[str, int | None, Scheme], Range] = {}
 
@@ -289,11 +289,7 @@ class Quantizer:
         """Where Q/DQ pairs stand when `float_layers` are kept in float."""
         if (float_layers, fusion) not in self._placements:
             if fusion == "runtime":
-                placement = (
-                    keep_float(self.placement(()), self.model, float_layers)
-                    if float_layers
-                    else self._as_represented(place(self.model))
-                )
+                placement = self._placed(float_layers)
             elif fusion == "on":
                 placement = fuse(self.placement(float_layers))
             else:
@@ -301,9 +297,16 @@ class Quantizer:
             self._placements[float_layers, fusion] = placement
         return self._placements[float_layers, fusion]
 
-    def _as_represented(self, placement: Placement) -> Placement:
-        kept = self.representation.for_kernels
-        return keep_normalizations(placement, self.model) if kept else placement
+    def _placed(self, float_layers: tuple[str, ...]) -> Placement:
+        """With the pairs that ONNX Runtime wants."""
+        if self._whole is None:
+            self._whole = place(self.model)
+        placement, names = self._whole, list(float_layers)
+        if self.representation.for_kernels:
+            placement = keep_normalizations(placement, self.model)
+            gelus = find_gelus(self.model.proto.graph)
+            names += [node.name for gelu in gelus for node in gelu.nodes]
+        return keep_float(placement, self.model, names) if names else placement
 
     def weight_error(
         self, layer: Layer, parameters: QuantizationParameters
