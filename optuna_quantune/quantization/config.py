@@ -59,7 +59,7 @@ class QuantizationConfig:
         granularity: One scale for a whole weight (``tensor``) or one for each output channel
             (``channel``). Activations always have one scale.
         mixed_precision: Which layers stay in float: ``none``, or the first and the last
-            (``first_last``).
+            (``first_last``; none of a model that has no others).
         float_layers: How many steps of `sensitivity.float_order` are left in float beside these:
             the nodes whose rounding hurts most for the time that float costs come first. More
             steps than there are mean all but those that would leave no layer quantized.

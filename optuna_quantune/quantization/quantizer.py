@@ -276,9 +276,10 @@ class Quantizer:
                 "knob 'float_layers': this quantizer knows no order of layers; set float_order"
             )
         names: list[str] = []
-        if config.mixed_precision == "first_last":
-            names += [self.model.layers[0].name, self.model.layers[-1].name]
         layers = {layer.name for layer in self.model.layers}
+        ends = [self.model.layers[0].name, self.model.layers[-1].name]
+        if config.mixed_precision == "first_last" and not layers <= set(ends):
+            names += ends
         for step in (self.float_order or ())[: config.float_layers]:
             if layers <= {*names, *step}:
                 break  # it would be the float model

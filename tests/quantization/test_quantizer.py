@@ -542,3 +542,31 @@ def test_ranges_of_weights_are_computed_once(
     for clipping in ("max", "kl", "mse"):
         build(quantizer, clipping=clipping, weight_clipping="mse")
     assert len(calls) == len(WEIGHTS)
+
+
+def test_a_model_of_two_layers_is_not_left_in_float(
+    make_quantizer: MakeQuantizer, tmp_path: Path
+) -> None:
+    make, value = helper.make_node, helper.make_tensor_value_info
+    weights = {"first": np.ones((4, 6), np.float32), "last": np.ones((6, 3), np.float32)}
+    graph = helper.make_graph(
+        [
+            make("MatMul", ["input", "first"], ["a"], "one"),
+            make("Relu", ["a"], ["b"], "relu"),
+            make("MatMul", ["b", "last"], ["y"], "two"),
+        ],
+        "two",
+        [value("input", onnx.TensorProto.FLOAT, ["n", 4])],
+        [value("y", onnx.TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "two.onnx")
+    model = load_float_model(tmp_path / "two.onnx")
+    quantizer = make_quantizer(model, np.ones((4, 4), np.float32))
+    digests = {
+        quantizer.quantize(QuantizationConfig(mixed_precision=kept)).digest
+        for kept in ("none", "first_last")
+    }
+    assert len(digests) == 1
+    assert quantizer.float_layers(QuantizationConfig(mixed_precision="first_last")) == ()
