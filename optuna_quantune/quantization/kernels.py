@@ -12,7 +12,7 @@ something that was seen in profiles of ONNX Runtime 1.32 on x86-64:
 - The integer depthwise convolution takes channels by sixteens and the rest one by one: with 60 of
   them it takes three times as long as with 64. Channels of zeros, which the convolution before it
   writes and the one behind it does not need, fill them up. (The float one likewise, by fours.)
-  Where others read its channels, and there are few, the dense one with zeros takes half as long.
+  Where others read its channels, and there are few, the dense one with zeros is faster.
 - Integer convolutions compute with channels last, and everything that follows one with integers
   does, too. What comes quantized from a float node does not: where an Add or Concat joins the two,
   as at the head of a residual network, each further convolution is wrapped in two transposes. A
