@@ -68,6 +68,7 @@ _CHANNELS_AT_ONCE: Final = {"float": 4, "int8": 16}
 _OWN_DOMAIN: Final = "com.microsoft"
 _LRN_EXPONENT: Final = 0.75
 _LARGEST_WEIGHT: Final = 127
+_LEAST_SCALE: Final = 1e-20
 _IMAGE_RANK: Final = 4
 _JOINING_OPS: Final = ("Add", "Concat")
 
@@ -499,7 +500,7 @@ def _in_steps(
     """Integers and scales of a weight and a bias for each channel of an input with this step."""
     # The offset has to fit into 32 bits, and a factor of 0 needs a scale, too.
     scale = np.maximum(np.abs(factor) / _LARGEST_WEIGHT, np.abs(offset) / step / 2.0**30)
-    scale = np.where(scale > 0.0, scale, 1.0).astype(np.float32)
+    scale = np.maximum(scale, _LEAST_SCALE).astype(np.float32)
     steps = scale * np.float32(step)
     weight = np.rint(factor / scale).astype(np.int8).reshape(-1, 1, 1, 1)
     return [("weight", weight, scale), ("bias", np.rint(offset / steps).astype(np.int32), steps)]
