@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import Final
 
 import numpy as np
 from optuna.trial import FrozenTrial
@@ -22,6 +23,10 @@ from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.selection import metric_value
 from optuna_quantune.tuning import Comparison
 from optuna_quantune.tuning import TuningResult
+
+
+# More knobs that differ between trials stand below the table, where they can be read.
+_MOST_KNOB_COLUMNS: Final = 5
 
 
 def trial_line(trial: FrozenTrial) -> str:
@@ -60,6 +65,16 @@ def _table_of_trials(title: str, trials: Sequence[FrozenTrial], metric: str) -> 
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     knobs = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    notes = []
+    common = [k for k in knobs if len({str(t.params.get(k)) for t in trials}) == 1]
+    if len(trials) > 1 and common:
+        notes.append(f"The same in all: {_knobs(trials[0].params, common)}")
+        knobs = [name for name in knobs if name not in common]
+    if len(knobs) > _MOST_KNOB_COLUMNS:
+        notes += [f"Trial {trial.number}: {_knobs(trial.params, knobs)}" for trial in trials]
+        knobs = []
+    if notes:
+        table.caption, table.caption_justify = "\n".join(notes), "left"
     for name in knobs:
         table.add_column(name.replace("_", " "))
     for trial in trials:
@@ -79,6 +94,10 @@ def _table_of_trials(title: str, trials: Sequence[FrozenTrial], metric: str) -> 
             *(str(trial.params.get(name, "")) for name in knobs),
         )
     return table
+
+
+def _knobs(params: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {params[name]}" for name in names if name in params)
 
 
 def _latency(attributes: Mapping[str, Any]) -> str:

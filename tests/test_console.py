@@ -1,0 +1,68 @@
+"""Tables of trials, as a terminal shows them."""
+
+from __future__ import annotations
+
+import io
+
+import optuna
+from optuna.trial import FrozenTrial
+from rich.console import Console
+
+from optuna_quantune.evaluation.chosen_metric import ChosenMetric
+from optuna_quantune.report.console import trials_table
+
+
+def trial(number: int, **params: object) -> FrozenTrial:
+    attributes = {"sqnr_db": 20.0 + number, "latency_ratio": 0.6, "size_bytes": 5e6}
+    found = optuna.trial.create_trial(
+        value=0.8 - number / 100,
+        params=params,
+        distributions={
+            name: optuna.distributions.CategoricalDistribution([value])  # type: ignore[list-item]
+            for name, value in params.items()
+        },
+        user_attrs=attributes | {"agreement": 0.98, "top1": 0.8 - number / 100},
+    )
+    found.number = number
+    return found
+
+
+def shown(trials: list[FrozenTrial], width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(trials_table(trials, ChosenMetric("top1")))
+    return console.export_text()
+
+
+def test_a_knob_that_all_trials_share_stands_below_the_table() -> None:
+    trials = [trial(n, scheme="symmetric", clipping=c) for n, c in enumerate(("max", "kl"))]
+    text = shown(trials, 100)
+    assert "The same in all: scheme symmetric" in text
+    assert text.count("scheme") == 1
+    assert text.count("clipping") == 1
+
+
+def test_a_single_trial_shows_all_its_knobs() -> None:
+    text = shown([trial(0, scheme="symmetric", clipping="max")], 100)
+    assert "The same in all" not in text
+    assert all(part in text for part in ("scheme", "symmetric", "clipping", "max"))
+
+
+def test_knobs_that_would_need_too_many_columns_stand_below_the_table() -> None:
+    names = (
+        "clipping",
+        "scheme",
+        "granularity",
+        "equalization",
+        "float_layers",
+        "bias_correction",
+    )
+    values = [
+        ("max", "symmetric", "tensor", "True", "3", "False"),
+        ("kl", "asymmetric", "channel", "no", "4", "yes"),
+    ]
+    trials = [
+        trial(number, **dict(zip(names, row, strict=True))) for number, row in enumerate(values)
+    ]
+    for width in (80, 200):
+        words = set(shown(trials, width).replace(",", " ").split())
+        assert words >= {*names, *values[0], *values[1]}  # nothing is cut off
