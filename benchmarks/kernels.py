@@ -29,6 +29,7 @@ from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
@@ -80,8 +81,8 @@ class Block:
         self.constants.append(numpy_helper.from_array(values, name))
         return name
 
-    def save(self, path: Path) -> None:
-        """Writes the block as a model."""
+    def load(self) -> FloatModel:
+        """The block as a model."""
         value = helper.make_tensor_value_info
         graph = helper.make_graph(
             self.nodes,
@@ -92,7 +93,10 @@ class Block:
         )
         opsets = [helper.make_opsetid("", 17)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        onnx.save(onnx.shape_inference.infer_shapes(model), path)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "block.onnx"
+            onnx.save(onnx.shape_inference.infer_shapes(model), path)
+            return load_float_model(path)
 
 
 def blocks() -> list[Block]:
@@ -228,10 +232,7 @@ def measure(block: Block) -> dict[str, object]:
     """Latencies and the largest difference that the rewriting makes."""
     rng = np.random.default_rng(1)
     inputs = rng.standard_normal((8, *block.shape)).astype(np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "block.onnx"
-        block.save(path)
-        model = load_float_model(path)
+    model = block.load()
     placement = place(model)
     statistics = calibrate(
         model, ArrayInputs({"x": inputs}), required_activations(placement), sizes=("all",)

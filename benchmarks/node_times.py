@@ -12,7 +12,6 @@ published networks; one input, one thread. Results: `benchmarks/results/node_tim
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
-from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.node_time import conversion_time
 from optuna_quantune.quantization.node_time import node_time
 from optuna_quantune.quantization.node_time import sizes_of
@@ -77,16 +75,16 @@ def network(kind: str, shape: tuple[int, int], number: int) -> FloatModel:
         NODES[kind](block, channels)
         block.nodes[start].name = f"node_{index}"
     block.conv(channels, channels)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        block.save(path)
-        return load_float_model(path)
+    return block.load()
 
 
 def quantized(model: FloatModel, inputs: ArrayInputs, *in_float: str) -> bytes:
     """The network with integers, all but some nodes."""
-    counted = calibrate(model, inputs, required_activations(place(model)), sizes=("all",))
-    quantizer = Quantizer(model, counted, representation=Representation(for_kernels=True))
+    placement = place(model)
+    counted = calibrate(model, inputs, required_activations(placement), sizes=("all",))
+    quantizer = Quantizer(
+        model, counted, representation=Representation(for_kernels=True), placement=placement
+    )
     quantizer.float_order = (in_float,)
     proto = quantizer.quantize(QuantizationConfig(float_layers=len(in_float))).proto
     return bytes(proto.SerializeToString())

@@ -7,7 +7,7 @@ products and sums, which makes noise, and takes more passes over memory than the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from dataclasses import field
+from typing import Final
 
 import numpy as np
 import onnx
@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from optuna_quantune.quantization.graph import GraphView
 
 
-_NEAR = 1e-3
+_NEAR: Final = 1e-3
 
 
 @dataclass
@@ -25,13 +25,17 @@ class Gelu:
 
     Attributes:
         source: Name of its input.
-        output: Name of its result.
-        nodes: The nodes that it is written out as; nothing else reads what is between them.
+        nodes: The nodes that it is written out as, the last one behind all others; nothing else
+            reads what is between them.
     """
 
     source: str
-    output: str
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    nodes: list[onnx.NodeProto]
+
+    @property
+    def output(self) -> str:
+        """Name of its result."""
+        return str(self.nodes[-1].output[0])
 
 
 def find_gelus(graph: onnx.GraphProto) -> list[Gelu]:
@@ -53,7 +57,7 @@ def find_gelu(view: GraphView, erf: onnx.NodeProto) -> Gelu | None:
     plus = view.sole_reader(erf.output[0])
     if plus is None or plus.op_type != "Add" or _constant(view, plus, erf.output[0]) != 1.0:
         return None
-    gelu = Gelu(source, plus.output[0], [scaled, erf, plus])
+    gelu = Gelu(source, [scaled, erf, plus])
     factor, has_source = 1.0, False
     while not (has_source and abs(factor - 0.5) < _NEAR):
         product = view.sole_reader(gelu.output)
@@ -68,7 +72,6 @@ def find_gelu(view: GraphView, erf: onnx.NodeProto) -> Gelu | None:
             has_source = True
         factor *= by
         gelu.nodes.append(product)
-        gelu.output = product.output[0]
     return gelu
 
 

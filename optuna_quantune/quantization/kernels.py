@@ -387,6 +387,22 @@ def _shape_before(graph: _Graph, node: onnx.NodeProto, shapes: Shapes) -> tuple[
     return shapes[tensor] if len(shapes[tensor]) > 2 else None
 
 
+def _channels_of_images(graph: _Graph, node: onnx.NodeProto, shapes: Shapes) -> int | None:
+    """The number of channels of what a node reads, if that is images."""
+    shape = _shape_before(graph, node, shapes)
+    return shape[1] if shape is not None and len(shape) == _IMAGE_RANK else None
+
+
+def _pair_around(
+    graph: _Graph, node: onnx.NodeProto, result: str
+) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+    """What dequantizes the input of a node, and alone reads and quantizes a result."""
+    before, behind = graph.writers.get(node.input[0]), graph.sole_reader(result)
+    if before is None or before.op_type != "DequantizeLinear":
+        return None
+    return None if behind is None or behind.op_type != "QuantizeLinear" else (before, behind)
+
+
 def _moved(
     graph: _Graph, node: onnx.NodeProto, values: NDArray[np.int64]
 ) -> NDArray[np.int64] | None:
@@ -429,23 +445,17 @@ def _convolve(graph: _Graph, pool: onnx.NodeProto, shapes: Shapes) -> None:
 
     Not where the number of taps changes at the border.
     """
-    tensor, source = pool.output[0], graph.writers.get(pool.input[0])
-    quantize = graph.sole_reader(tensor)
-    shape = _shape_before(graph, pool, shapes)
+    tensor, channels = pool.output[0], _channels_of_images(graph, pool, shapes)
     same_taps = not any(attribute_of(pool, "pads", ())) or attribute_of(pool, "count_include_pad")
     if (
-        shape is None
-        or len(shape) != _IMAGE_RANK
-        or source is None
-        or source.op_type != "DequantizeLinear"
-        or quantize is None
-        or quantize.op_type != "QuantizeLinear"
+        channels is None
+        or _pair_around(graph, pool, tensor) is None
         or attribute_of(pool, "ceil_mode")
         or attribute_of(pool, "auto_pad", b"NOTSET") not in (b"NOTSET", b"")
         or not same_taps
     ):
         return
-    kernel, channels = attribute_of(pool, "kernel_shape"), shape[1]
+    kernel = attribute_of(pool, "kernel_shape")
     share = np.float32(1.0 / np.prod(kernel))
     weight = _depthwise_weight(graph, tensor, (channels, 1, *kernel), share)
     kept = ("kernel_shape", "strides", "pads", "dilations")
@@ -461,24 +471,19 @@ def _scale_channels(graph: _Graph, norm: onnx.NodeProto, shapes: Shapes) -> None
     A channel's factor is 127 steps of the channel's own scale, so that nothing is rounded but the
     offset, to a 127th of a step of the input and less.
     """
-    tensor, source = norm.output[0], graph.writers.get(norm.input[0])
-    shape = _shape_before(graph, norm, shapes)
+    tensor, channels = norm.output[0], _channels_of_images(graph, norm, shapes)
     reader = graph.sole_reader(tensor)
-    if reader is not None and reader.op_type in ACTIVATION_OPS:
-        reader = graph.sole_reader(reader.output[0])
+    activated = reader is not None and reader.op_type in ACTIVATION_OPS
+    pair = _pair_around(graph, norm, reader.output[0] if reader and activated else tensor)
     if (
-        shape is None
-        or len(shape) != _IMAGE_RANK
-        or source is None
-        or source.op_type != "DequantizeLinear"
-        or reader is None
-        or reader.op_type != "QuantizeLinear"
+        channels is None
+        or pair is None
         or any(name not in graph.constants for name in norm.input[1:])
     ):
         return
     gamma, beta, mean, variance = (graph.values(n).astype(np.float64) for n in norm.input[1:])
     factor = gamma / np.sqrt(variance + attribute_of(norm, "epsilon", 1e-5))
-    step = float(graph.values(source.input[1]))
+    step = float(graph.values(pair[0].input[1]))
     operands, nodes = [], []
     for kind, integers, scale in _in_steps(factor, beta - mean * factor, step):
         zeros = np.zeros(len(scale), integers.dtype)
@@ -487,7 +492,7 @@ def _scale_channels(graph: _Graph, norm: onnx.NodeProto, shapes: Shapes) -> None
             graph.add_constant(name, values)
         operands.append(f"{tensor}__{kind}")
         nodes.append(helper.make_node("DequantizeLinear", names, operands[-1:], axis=0))
-    inputs, channels = [norm.input[0], *operands], shape[1]
+    inputs = [norm.input[0], *operands]
     convolution = helper.make_node(
         "Conv", inputs, [tensor], norm.name, group=channels, kernel_shape=[1, 1]
     )
@@ -512,16 +517,11 @@ def _add_and_saturate(graph: _Graph, gate: onnx.NodeProto) -> None:
     The integers of x with a scale alpha times as large are those of alpha x. Not where the steps
     of the result reach below 0 or above 1.
     """
-    source, quantize = graph.writers.get(gate.input[0]), graph.sole_reader(gate.output[0])
+    pair = _pair_around(graph, gate, gate.output[0])
     slope, offset = attribute_of(gate, "alpha", 0.2), attribute_of(gate, "beta", 0.5)
-    if (
-        source is None
-        or source.op_type != "DequantizeLinear"
-        or quantize is None
-        or quantize.op_type != "QuantizeLinear"
-        or min(slope, offset) <= 0.0
-    ):
+    if pair is None or min(slope, offset) <= 0.0:
         return
+    source, quantize = pair
     scale, zero_point = (graph.values(name) for name in source.input[1:])
     step, nothing = (graph.values(name) for name in quantize.input[1:])
     limits = np.iinfo(nothing.dtype)
@@ -563,8 +563,8 @@ def _put_channels_last(graph: _Graph, dequantize: onnx.NodeProto, shapes: Shapes
     """Multiplies a float node's result by 1 with integers before it is joined with others."""
     tensor = dequantize.output[0]
     quantize = graph.writers.get(dequantize.input[0])
-    shape = _shape_before(graph, dequantize, shapes) if quantize is not None else None
-    if quantize is None or shape is None or len(shape) != _IMAGE_RANK:
+    channels = _channels_of_images(graph, dequantize, shapes) if quantize is not None else None
+    if quantize is None or channels is None:
         return
     readers = graph.readers.get(tensor, [])
     writer = graph.writers.get(quantize.input[0])
@@ -575,7 +575,6 @@ def _put_channels_last(graph: _Graph, dequantize: onnx.NodeProto, shapes: Shapes
         or _computes_with_integers(graph, writer)
     ):
         return
-    channels = shape[1]
     weight = _depthwise_weight(graph, tensor, (channels, 1, 1, 1), np.float32(1.0))
     parameters = quantize.input[1:]
     first, same, quantized = (f"{tensor}__{part}" for part in ("first", "same", "quantized"))

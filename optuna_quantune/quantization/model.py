@@ -30,11 +30,10 @@ from optuna_quantune.quantization.graph import refill
 
 
 WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Have no integer kernels on processors.
+NORMALIZATION_OPS: Final = ("BatchNormalization", "InstanceNormalization", "LayerNormalization")
 # Operators whose third input is a bias.
-_BIASED_OPS: Final = (
-    *("Conv", "ConvTranspose", "Gemm"),
-    *("BatchNormalization", "InstanceNormalization", "LayerNormalization"),
-)
+_BIASED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", *NORMALIZATION_OPS)
 # Per-channel DequantizeLinear (its `axis` attribute) exists since opset 13.
 MINIMUM_OPSET: Final = 13
 

@@ -52,6 +52,7 @@ from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import sort_nodes
 from optuna_quantune.quantization.lint import check_node_names
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import NORMALIZATION_OPS
 
 
 _SCALE_SUFFIX: Final = "_scale"
@@ -66,10 +67,6 @@ _QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
 # Layers whose integer kernels can give float results (``QGemm``, ``MatMulIntegerToFloat``).
 FLOAT_RESULT_OPS: Final = ("Gemm", "MatMul")
 ACTIVATION_OPS: Final = ("Clip", "Relu")
-# Have no integer kernels on processors.
-_NORMALIZATION_OPS: Final = frozenset(
-    {"BatchNormalization", "InstanceNormalization", "LayerNormalization"}
-)
 PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
 
 
@@ -232,12 +229,12 @@ def keep_normalizations(placement: Placement, model: FloatModel) -> Placement:
     for site in placement.constants:
         (dequantize,) = view.readers[site.quantized]
         readers = view.readers.get(dequantize.output[0], [])
-        if readers and all(reader.op_type in _NORMALIZATION_OPS for reader in readers):
+        if readers and all(reader.op_type in NORMALIZATION_OPS for reader in readers):
             restored[dequantize.output[0]] = site.tensor
     if not restored:
         return placement
     for node in template.graph.node:
-        if node.op_type in _NORMALIZATION_OPS:
+        if node.op_type in NORMALIZATION_OPS:
             refill(node.input, [restored.get(name, name) for name in node.input])
     nodes = [node for node in template.graph.node if not restored.keys() & set(node.output)]
     return _without_unused(placement, template, nodes, model)

@@ -166,7 +166,7 @@ class Quantizer:
         self._bias_correction = bias_correction
         self._weight_rounding = weight_rounding
         self._placements: dict[tuple[tuple[str, ...], Fusion], Placement] = {}
-        self._whole = placement
+        self._given_placement = placement
         self._ranges: dict[tuple[str, int, str, str], tuple[float, float]] = {}
         self._weight_ranges: dict[tuple[str, int | None, Scheme], Range] = {}
 
@@ -290,7 +290,10 @@ class Quantizer:
         """Where Q/DQ pairs stand when `float_layers` are kept in float."""
         if (float_layers, fusion) not in self._placements:
             if fusion == "runtime":
-                placement = self._placed(float_layers)
+                names = self._always_float + float_layers
+                placement = self._whole
+                if names:
+                    placement = keep_float(placement, self.model, names)
             elif fusion == "on":
                 placement = fuse(self.placement(float_layers))
             else:
@@ -298,16 +301,20 @@ class Quantizer:
             self._placements[float_layers, fusion] = placement
         return self._placements[float_layers, fusion]
 
-    def _placed(self, float_layers: tuple[str, ...]) -> Placement:
-        """With the pairs that ONNX Runtime wants."""
-        if self._whole is None:
-            self._whole = place(self.model)
-        placement, names = self._whole, list(float_layers)
-        if self.representation.for_kernels:
-            placement = keep_normalizations(placement, self.model)
-            gelus = find_gelus(self.model.proto.graph)
-            names += [node.name for gelu in gelus for node in gelu.nodes]
-        return keep_float(placement, self.model, names) if names else placement
+    @cached_property
+    def _whole(self) -> Placement:
+        """With all pairs, before any node is kept in float."""
+        placement = self._given_placement or place(self.model)
+        kept = self.representation.for_kernels
+        return keep_normalizations(placement, self.model) if kept else placement
+
+    @cached_property
+    def _always_float(self) -> tuple[str, ...]:
+        """Names of the nodes that have no pairs in any configuration."""
+        if not self.representation.for_kernels:
+            return ()
+        gelus = find_gelus(self.model.proto.graph)
+        return tuple(node.name for gelu in gelus for node in gelu.nodes)
 
     def weight_error(
         self, layer: Layer, parameters: QuantizationParameters
