@@ -2,8 +2,8 @@
 
 With categorical knobs it chooses TPE after a random first trial, so it is ``baselines.tpe`` with
 other random numbers; it stands here because Optuna recommends it to whoever does not know which
-sampler to take. It needs optunahub, cmaes, scipy and torch, and the network once: OptunaHub keeps
-what it has downloaded.
+sampler to take. The committed results are of the registry's commit 257a04b. It needs optunahub,
+cmaes, scipy and torch, and the network once: OptunaHub keeps what it has downloaded.
 """
 
 from __future__ import annotations
