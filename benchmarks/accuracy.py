@@ -8,8 +8,7 @@ the configuration that agrees most often with the float model and is fast enough
 with one thread of at most 0.55 times the float model's, 0.8 for ShuffleNet, whose float model is
 the fastest. Of a model with which nothing is that fast, it may be a tenth slower than the fastest.
 The search sees 256 calibration images that calibration did not use (of CIFAR-10 other test
-images). How many steps of `float_layers` are fast enough is measured first, for they decide the
-latency. The trials that a paired test cannot tell from the best are ranked by output noise. A
+images). The trials that a paired test cannot tell from the best are ranked by output noise. A
 trial's latency is a quick measurement; it is repeated for the best trials, from the best one down,
 until one is fast enough. That model is measured on the 1,000 labelled validation images (CIFAR-10:
 2,000 test images), and its latency once more, with one thread and with all.
@@ -27,17 +26,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from typing import get_args
 
 import numpy as np
 import optuna
 import pandas as pd
 from numpy.typing import NDArray
-from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -60,6 +60,7 @@ from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
+from optuna_quantune.quantization.config import MixedPrecision
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.sensitivity import LONGEST_ORDER
 from optuna_quantune.selection import AGREES_KEY
@@ -143,17 +144,15 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
         cache=arguments.work / "cache",
         target=arguments.target,
     )
-    knobs = dict(SearchSpace.preset(space))
+    preset = SearchSpace.preset(space)
     case = f"{name}-{arguments.target}-{space}"
-    known = arguments.work / f"{case}.json"  # an interrupted search keeps its space
+    known = arguments.work / f"{case}.json"  # an interrupted search keeps its bound
     bound = None
     if arguments.target == "cpu":
         if not known.exists():
-            known.write_text(json.dumps(affordable(build(space=SearchSpace(knobs)), wanted)))
-        bound, steps = json.loads(known.read_text())
-        if "float_layers" in knobs:
-            knobs["float_layers"] = CategoricalDistribution(steps)
-    objective = build(space=SearchSpace(knobs), max_latency=bound)
+            known.write_text(json.dumps(possible_bound(build(space=preset), wanted)))
+        bound = json.loads(known.read_text())
+    objective = build(space=preset, max_latency=bound)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(arguments.work / f"{case}.journal"))),
         study_name=case,
@@ -181,20 +180,15 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def affordable(objective: QuantizationObjective, bound: float) -> tuple[float, list[int]]:
-    """The bound, and the numbers of float layers that meet it.
-
-    If none does, the bound is a tenth more than the least latency ratio.
-    """
+def possible_bound(objective: QuantizationObjective, bound: float) -> float:
+    """The bound; if no number of float layers meets it, a tenth more than the least ratio."""
     steps = range(LONGEST_ORDER + 1 if "float_layers" in objective.space else 1)
     ratios = []
-    for number in steps:
-        config = QuantizationConfig(float_layers=number)
+    for number, ends in itertools.product(steps, get_args(MixedPrecision)):
+        config = QuantizationConfig(float_layers=number, mixed_precision=ends)
         model = objective.quantize(config).proto.SerializeToString()
         ratios.append(objective.latency(model, repeats=LATENCY_REPEATS).ratio)
-    if min(ratios) > bound:
-        bound = round(1.1 * min(ratios), 3)
-    return bound, [n for n in steps if ratios[n] <= bound]
+    return bound if min(ratios) <= bound else round(1.1 * min(ratios), 3)
 
 
 def choose(

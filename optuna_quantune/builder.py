@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
+from optuna_quantune.quantization.placed_graph import PlacedGraph
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.probe import probe
 from optuna_quantune.quantization.probe import PROBE_INPUTS
@@ -67,6 +69,7 @@ class Builder:
         self._lock = threading.RLock()
         self._quantizers: dict[bool, Quantizer] = {}
         self._noise_models: dict[bool, NoiseModel] = {}
+        self._graphs: dict[bool, PlacedGraph] = {}
 
     def prepare(self) -> None:
         """Does what all configurations of the space share."""
@@ -89,6 +92,32 @@ class Builder:
         """The noise of a configuration, before it is built."""
         with self._lock:
             return self._noise(equalized=config.equalization).predict(config)
+
+    def predict_latency(self, config: QuantizationConfig) -> float:
+        """About how long a configuration takes beside the float model, before it is built.
+
+        NaN for a target that does not run on a processor.
+        """
+        if not self._target.representation.for_kernels:
+            return math.nan
+        with self._lock:
+            self._noise(equalized=config.equalization)
+            chosen = frozenset(self.quantizer(equalized=config.equalization).float_layers(config))
+            graph = self._graphs[config.equalization]
+            return graph.latency_ratio(chosen, activation_bits=config.activation_bits)
+
+    def predict_size(self, config: QuantizationConfig) -> float:
+        """About how many bytes the file of a configuration has, before it is built."""
+        with self._lock:
+            if config.float_layers:
+                self._noise(equalized=config.equalization)  # what the order of layers rests on
+            quantizer = self.quantizer(equalized=config.equalization)
+            weights = quantizer.model.weights
+            placement = quantizer.placement(quantizer.float_layers(config), config.fusion)
+            layers = {layer.weight for layer in quantizer.model.layers}
+            shrunk = layers.intersection(site.tensor for site in placement.constants)
+            saved = sum(weights[name].nbytes - weights[name].size for name in shrunk)
+            return self._model.path.stat().st_size - saved
 
     def quantizer(self, *, equalized: bool) -> Quantizer:
         """Builds configurations with or without equalization; the first use calibrates."""
@@ -134,9 +163,11 @@ class Builder:
                 )
                 noise = self._noise_models[equalized] = NoiseModel(quantizer, gains)
                 whole = QuantizationConfig(bias_correction=True, equalization=equalized)
-                quantizer.float_order = float_order(
+                graph = PlacedGraph.of(
                     quantizer.model, quantizer.placement(()), noise.predict(whole)
                 )
+                self._graphs[equalized] = graph
+                quantizer.float_order = float_order(graph)
             return self._noise_models[equalized]
 
     def _choices(self, knob: str, *, default: Any) -> tuple[Any, ...]:

@@ -33,7 +33,7 @@ class Outcome:
     value: float
     drop: float
     latency_ratio: float
-    size_bytes: int
+    size_bytes: float
 
 
 @dataclass(frozen=True)

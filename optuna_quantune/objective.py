@@ -51,6 +51,7 @@ from optuna_quantune.evaluation.racing import looks
 from optuna_quantune.evaluation.racing import SMALLEST_RACE
 from optuna_quantune.evaluation.runner import check_providers
 from optuna_quantune.evaluation.runner import Provider
+from optuna_quantune.goals import DROP_CONSTRAINT
 from optuna_quantune.goals import Goals
 from optuna_quantune.goals import Objective
 from optuna_quantune.goals import Outcome
@@ -64,6 +65,7 @@ from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.quantizer import QuantizedModel
 from optuna_quantune.quantization.quantizer import Quantizer
+from optuna_quantune.search.configurations import CONSTRAINT_PRIOR
 from optuna_quantune.search.configurations import PRIOR_FEATURE
 from optuna_quantune.search.pruner import BAR_KEY
 from optuna_quantune.search.pruner import CORRECT_KEY
@@ -300,28 +302,59 @@ class QuantizationObjective:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def features(self, params: Mapping[str, Any]) -> dict[str, float]:
-        """Predicted noise of a configuration: what `QuantuneSampler` learns from beside the knobs.
+        """What is predicted of a configuration: `QuantuneSampler` learns from it beside the knobs.
 
-        The feature ``prior``, there if accuracy is the first objective, is the metric's expected
-        value: predicted noise turned into expected agreement by the float model's outputs (times
-        its accuracy for top-1 and top-5). For other metrics it is the predicted
-        output SQNR, in the order of which their values are expected.
+        The predicted noise, and what follows from it:
+
+        - ``expected_agreement``, where there are classes: predicted noise turned into expected
+          agreement by the float model's outputs;
+        - ``prior``, the expected value of the first objective. Of top-1 and top-5 it is the
+          expected agreement times the float model's accuracy, of metrics without classes the
+          predicted output SQNR, in the order of which their values are expected;
+        - ``prior:latency``, ``prior:size``, and ``prior:accuracy_drop`` if accuracy is not the
+          first objective: the expected values of the constraints that there are. (Accuracy as an
+          objective rises as its loss falls; that needs no second estimate.)
+
+        Latency is estimated node by node, and only for targets that run on a processor.
 
         Args:
             params: Parameters of a trial of `space`.
         """
         config = self.space.config(params)
-        prediction = self._builder.predict(config)
-        features = prediction.features()
-        prior = self.chosen_metric.sign * features["predicted_sqnr_db"]
+        features = self._builder.predict(config).features()
+        metric = self._expected(config)
         if self.chosen_metric.of_classes:
-            expected = self._agreement.expected(prediction.confusion, prediction.highest_output)
-            features["expected_agreement"] = expected
-            ceiling = 1.0 if self.metric == "agreement" else self.value(self.float_evaluation)
-            prior = expected * ceiling
-        if self.goals.objectives[0] == "accuracy":
+            features["expected_agreement"] = self._expected_agreement(config)
+        first = self.goals.objectives[0]
+        latency = size = math.nan
+        if first == "latency" or self.goals.max_latency is not None:
+            latency = self._builder.predict_latency(config)
+        if first == "size" or self.goals.max_size is not None:
+            size = self._builder.predict_size(config)
+        prior = {"accuracy": metric, "latency": latency, "size": size}[first]
+        if not math.isnan(prior):
             features[PRIOR_FEATURE] = prior
+        # What is not classified has its prior in another unit than its value.
+        value = metric if self.chosen_metric.of_classes else math.nan
+        constraints = self.goals.constraints(self.outcome(value, latency, size))
+        if first == "accuracy":
+            constraints.pop(DROP_CONSTRAINT, None)
+        for name, violation in constraints.items():
+            if not math.isnan(violation):
+                features[CONSTRAINT_PRIOR + name] = violation
         return features
+
+    def _expected(self, config: QuantizationConfig) -> float:
+        """What is expected of the metric's value; without classes, what rises and falls with it."""
+        if not self.chosen_metric.of_classes:
+            sqnr_db = self._builder.predict(config).features()["predicted_sqnr_db"]
+            return self.chosen_metric.sign * sqnr_db
+        ceiling = 1.0 if self.metric == "agreement" else self.value(self.float_evaluation)
+        return ceiling * self._expected_agreement(config)
+
+    def _expected_agreement(self, config: QuantizationConfig) -> float:
+        prediction = self._builder.predict(config)
+        return self._agreement.expected(prediction.confusion, prediction.highest_output)
 
     def value(self, evaluation: Evaluation) -> float:
         """The metric's value of an evaluation."""
@@ -417,7 +450,7 @@ class QuantizationObjective:
     def _climb(self, trial: Trial, model: bytes, ladder: Ladder) -> Measurement:
         """Runs a trial's model up the ladder until it is certain enough, or pruned."""
         reports = self.goals.is_single
-        prior = trial.user_attrs[PRIOR_FEATURE]
+        prior = self._expected(self.space.config(trial.params))
         rungs = [[0, prior, 0.0, 1.0]]  # a prediction promises nothing
         if reports:
             trial.report(prior, step=0)
@@ -429,8 +462,9 @@ class QuantizationObjective:
             done = int(climb.seen.sum())
             certain = climb.is_certain(interval, self._precision)
             rungs.append([done, interval.estimate, interval.low, interval.high])
+            if self.goals.objectives[0] == "accuracy":
+                trial.set_user_attr(RUNGS_KEY, rungs)
             for name, attribute in (
-                (RUNGS_KEY, rungs),
                 (SEEN_KEY, pack(climb.seen)),
                 (CORRECT_KEY, pack(climb.right[self.metric])),
                 (AGREES_KEY, pack(climb.right["agreement"])),
@@ -470,7 +504,7 @@ class QuantizationObjective:
                 f"least {SMALLEST_RACE} evaluation inputs"
             )
         if inputs == 0:
-            return Interval(self.features(params)[PRIOR_FEATURE], 0.0, 1.0)
+            return Interval(self._expected(self.space.config(params)), 0.0, 1.0)
         first, *others = looks(len(self.evaluation))
         if inputs is not None and inputs < first:
             raise InputError(f"inputs: {inputs} is less than the {first} of the first rung")
@@ -497,7 +531,7 @@ class QuantizationObjective:
         values = self.goals.values(outcome)
         return values if len(values) > 1 else values[0]
 
-    def outcome(self, value: float, latency_ratio: float, size_bytes: int) -> Outcome:
+    def outcome(self, value: float, latency_ratio: float, size_bytes: float) -> Outcome:
         """What counts of a model, beside the float model.
 
         Args:

@@ -9,16 +9,21 @@ import optuna
 import pytest
 from numpy.typing import NDArray
 
+from optuna_quantune.builder import Builder
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.evaluation.latency import LatencyRatio
 from optuna_quantune.goals import Goals
 from optuna_quantune.goals import Outcome
 from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.report.console import pareto_table
 from optuna_quantune.report.console import remark_lines
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
+from optuna_quantune.target import get_target
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
 
@@ -43,7 +48,8 @@ def run(toy_model: Path, toy_inputs: NDArray[np.float32], monkeypatch: pytest.Mo
     def run(**arguments: Any) -> TuningResult:
         inputs = ArrayInputs(toy_inputs)
         options: dict[str, Any] = {"space": SPACE, "n_trials": 4, "cache": None}
-        return tune(toy_model, calibration=inputs, evaluation=inputs, **{**options, **arguments})
+        options |= {"calibration": inputs, "evaluation": inputs, **arguments}
+        return tune(toy_model, **options)
 
     return run
 
@@ -304,3 +310,68 @@ def test_mistakes_are_found_on_the_first_input(
     with pytest.raises(InputError, match="10"):
         labelled.prepare()
     assert "float_evaluation" not in labelled.__dict__
+
+
+@pytest.fixture
+def many_inputs() -> ArrayInputs:
+    """Enough for trials to race."""
+    rng = np.random.default_rng(2)
+    return ArrayInputs(rng.standard_normal((300, 3, 16, 16)).astype(np.float32))
+
+
+def test_latency_alone_can_be_the_objective(run, many_inputs: ArrayInputs) -> None:  # type: ignore[no-untyped-def]
+    """Accuracy is measured in races all the same; their estimates are not the trial's value."""
+    result = run(evaluation=many_inputs, objectives=["latency"], max_accuracy_drop=0.2)
+    trials = result.study.trials
+    assert [trial.value for trial in trials] == [t.user_attrs["latency_ratio"] for t in trials]
+    assert all("rungs" not in trial.user_attrs for trial in trials)
+    assert all("inputs_evaluated" in trial.user_attrs for trial in trials)
+    kept = [trial for trial in trials if trial.constraints["accuracy_drop"] <= 0]
+    assert result.trial.value == min(trial.value for trial in kept)
+
+
+def test_constraints_are_expected_before_they_are_measured(
+    toy_model: Path, many_inputs: ArrayInputs
+) -> None:
+    def features(mixed_precision: str = "none", **arguments: Any) -> dict[str, float]:
+        objective = QuantizationObjective(
+            toy_model,
+            calibration=many_inputs,
+            evaluation=many_inputs,
+            space=SPACE,
+            cache=None,
+            **arguments,
+        )
+        return objective.features({"granularity": "channel", "mixed_precision": mixed_precision})
+
+    plain = features()
+    assert not [name for name in plain if name.startswith("prior:")]
+    bounded = features(max_latency=0.5, max_size=10_000, max_accuracy_drop=0.01)
+    assert {n for n in bounded if n.startswith("prior:")} == {"prior:latency", "prior:size"}
+    assert bounded["prior"] == plain["prior"]
+    twice = features(max_latency=1.0, max_size=20_000)
+    assert bounded["prior:latency"] + 1.0 == pytest.approx(2.0 * (twice["prior:latency"] + 1.0))
+    # Of 16 * 3 * 9, 16 * 9, 16 * 16 and 16 * 10 weights the first and the last stay in float.
+    larger = features("first_last", max_size=10_000)["prior:size"] - bounded["prior:size"]
+    assert larger == pytest.approx(3 * (16 * 3 * 9 + 16 * 10) / 10_000)
+    fast = features(objectives=["latency"], max_accuracy_drop=0.01)
+    assert fast["prior"] == pytest.approx(twice["prior:latency"] + 1.0)
+    drop = 1.0 - plain["expected_agreement"]
+    assert fast["prior:accuracy_drop"] == pytest.approx(drop - 0.01)
+    small = features(objectives=["size"])
+    assert small["prior"] == pytest.approx((twice["prior:size"] + 1.0) * 20_000)
+
+
+def test_nothing_is_expected_of_the_latency_on_a_device_that_is_not_here(
+    toy_model: Path, many_inputs: ArrayInputs
+) -> None:
+    builder = Builder(
+        load_float_model(toy_model),
+        many_inputs.bind([InputSpec("input", (None, 3, 16, 16), np.dtype(np.float32))]),
+        space=SPACE,
+        target=get_target("tensorrt"),
+        cache=None,
+        progress=lambda stage, done, total: None,
+    )
+    assert np.isnan(builder.predict_latency(QuantizationConfig()))
+    assert builder.predict_size(QuantizationConfig()) > 0

@@ -7,31 +7,15 @@ one after the other, each time those that take most noise away for the time they
 number, how many of them to take, is all that is left to search (the order that layer-wise tools
 search along: AIMET's automatic mixed precision, NNCF's accuracy-aware quantization).
 
-A tensor is rounded as long as one node with integers writes it, or one reads it. Taking a node
-alone may therefore change nothing; so the two ends of an edge are candidates, too, and so are the
-outputs that a last layer need not round.
+Taking a node alone may change nothing (`placed_graph.py`); so the two ends of an edge are
+candidates, too, and so are the outputs that a last layer need not round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Set
-from dataclasses import dataclass
-from dataclasses import field
 from typing import Final
 
-import numpy as np
-
-from optuna_quantune.quantization.graph import GraphView
-from optuna_quantune.quantization.model import FloatModel
-from optuna_quantune.quantization.node_time import conversion_time
-from optuna_quantune.quantization.node_time import node_time
-from optuna_quantune.quantization.node_time import sizes_of
-from optuna_quantune.quantization.noise import NoisePrediction
-from optuna_quantune.quantization.placement import ACTIVATION_OPS
-from optuna_quantune.quantization.placement import FLOAT_RESULT_OPS
-from optuna_quantune.quantization.placement import MOVING_OPS
-from optuna_quantune.quantization.placement import Placement
+from optuna_quantune.quantization.placed_graph import PlacedGraph
 
 
 # Steps of the order; with more than that in float little is left to gain.
@@ -40,20 +24,15 @@ LONGEST_ORDER: Final = 12
 _NEGLIGIBLE: Final = 0.002
 
 
-def float_order(
-    model: FloatModel, placement: Placement, noise: NoisePrediction
-) -> tuple[tuple[str, ...], ...]:
+def float_order(graph: PlacedGraph) -> tuple[tuple[str, ...], ...]:
     """Steps of nodes (and outputs) to leave in float, the most worthwhile first.
 
     Args:
-        model: The prepared float model.
-        placement: Where the Q/DQ pairs of `model` stand when all of it is quantized.
-        noise: What each tensor and weight contributes to the output's noise then.
+        graph: The model with all of it quantized.
 
     Returns:
         At most `LONGEST_ORDER` steps of one or a few names that `placement.keep_float` takes.
     """
-    graph = _Graph.of(model, placement, noise)
     total_noise, total_time = graph.noise(frozenset()), graph.time(frozenset())
     steps: list[tuple[str, ...]] = []
     chosen: frozenset[str] = frozenset()
@@ -77,167 +56,3 @@ def float_order(
         steps.append(best)
         chosen |= set(best)
     return tuple(steps)
-
-
-@dataclass
-class _Tensor:
-    """An activation with Q/DQ pairs, together with those that share its parameters.
-
-    Attributes:
-        values: Number of values for one input.
-        noise: What rounding and clipping it contributes to the output's noise.
-        writers: Names of the nodes that compute it.
-        readers: Names of the nodes that compute with it.
-        output: Its name if it is an output of the model that need not be rounded.
-    """
-
-    values: float
-    noise: float
-    writers: set[str] = field(default_factory=set)
-    readers: set[str] = field(default_factory=set)
-    output: str | None = None
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A node that can be computed with integers or in float.
-
-    Attributes:
-        noise: What its quantized weight contributes to the output's noise.
-        int8_time: Nanoseconds with integers.
-        float_time: Nanoseconds in float.
-        tensors: The keys of the tensors that it reads and writes.
-    """
-
-    noise: float
-    int8_time: float
-    float_time: float
-    tensors: frozenset[str]
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """Nodes and tensors as far as leaving some of them in float matters."""
-
-    nodes: Mapping[str, _Node]
-    tensors: Mapping[str, _Tensor]
-    always_float: frozenset[str]
-
-    @classmethod
-    def of(cls, model: FloatModel, placement: Placement, noise: NoisePrediction) -> _Graph:
-        proto = model.proto.graph
-        sizes = sizes_of(proto)
-        of_site = {site.tensor: site.statistics for site in placement.activations}
-        template = placement.template.graph
-        dequantized = {n.output[0] for n in template.node if n.op_type == "DequantizeLinear"}
-        integer = {n.name for n in template.node if dequantized.intersection(n.input)}
-        contribution = {
-            name: noise.rounding.get(name, 0.0) + noise.clipping.get(name, 0.0)
-            for name in of_site.values()
-        }
-        tensors = {
-            name: _Tensor(float(np.prod(sizes.get(name, ()))), contribution[name])
-            for name in contribution
-        }
-        weights = {layer.name: layer.weight for layer in model.layers}
-        nodes: dict[str, _Node] = {}
-        passed_on: dict[str, str] = {}  # through nodes that only move or cut values
-        view = GraphView(proto)
-        for node in proto.node:
-            keys = []
-            for name in node.input:
-                key = of_site.get(name, passed_on.get(name))
-                if key is not None:
-                    keys.append(key)
-            written = of_site.get(node.output[0])
-            if node.op_type in ACTIVATION_OPS or node.op_type in MOVING_OPS:
-                if written is None and keys:
-                    passed_on[node.output[0]] = keys[0]
-                continue
-            for key in keys:
-                tensors[key].readers.add(node.name)
-            if written is not None:
-                tensors[written].writers.add(node.name)
-            if node.name not in integer or written is None or not keys:
-                continue
-            reader = view.sole_reader(node.output[0])
-            clipped = reader is not None and reader.op_type == "Clip"
-            nodes[node.name] = _Node(
-                noise.weights.get(weights.get(node.name, ""), 0.0),
-                node_time(node, model, sizes, "int8", clipped=clipped),
-                node_time(node, model, sizes, "float", clipped=clipped),
-                frozenset([*keys, written]),
-            )
-        for output in proto.output:
-            writer = view.writers.get(output.name)
-            if (
-                writer is not None
-                and writer.name in nodes
-                and writer.op_type in FLOAT_RESULT_OPS
-                and output.name in tensors
-            ):
-                tensors[output.name].output = output.name
-                nodes[output.name] = _Node(0.0, 0.0, 0.0, frozenset([output.name]))
-        seen = {name for t in tensors.values() for name in (*t.writers, *t.readers)}
-        return cls(nodes, tensors, frozenset(seen - set(nodes)))
-
-    def moves(self) -> list[tuple[str, ...]]:
-        """Single nodes, outputs, the two ends of each edge, and all that write one tensor."""
-        found: dict[tuple[str, ...], None] = {(name,): None for name in self.nodes}
-        for tensor in self.tensors.values():
-            together = tuple(sorted(tensor.writers & set(self.nodes)))
-            if len(together) > 1:  # the parts of a Concat, and the Concat
-                found[together] = None
-                for reader in sorted(tensor.readers & set(self.nodes) - set(together)):
-                    found[*together, reader] = None
-            for writer in sorted(tensor.writers & set(self.nodes)):
-                for reader in sorted(tensor.readers & set(self.nodes) - {writer}):
-                    found[writer, reader] = None
-        return list(found)
-
-    def noise(self, chosen: Set[str]) -> float:
-        weights = sum(node.noise for name, node in self.nodes.items() if name not in chosen)
-        return weights + sum(self._rounded(t, chosen) for t in self.tensors.values())
-
-    def time(self, chosen: Set[str]) -> float:
-        nodes = sum(self._node_time(name, chosen) for name in self.nodes)
-        return nodes + sum(self._conversions(t, chosen) for t in self.tensors.values())
-
-    def change(self, chosen: Set[str], added: Set[str]) -> tuple[float, float]:
-        """Noise taken away and nanoseconds added by leaving `added` in float beside `chosen`."""
-        after = chosen | added
-        quieter = sum(self.nodes[name].noise for name in added)
-        slower = sum(
-            self._node_time(name, after) - self._node_time(name, chosen) for name in added
-        )
-        for key in {key for name in added for key in self.nodes[name].tensors}:
-            tensor = self.tensors[key]
-            quieter += self._rounded(tensor, chosen) - self._rounded(tensor, after)
-            slower += self._conversions(tensor, after) - self._conversions(tensor, chosen)
-        return quieter, slower
-
-    def _node_time(self, name: str, chosen: Set[str]) -> float:
-        node = self.nodes[name]
-        return node.float_time if name in chosen else node.int8_time
-
-    def _split(self, names: Set[str], chosen: Set[str]) -> tuple[int, int]:
-        """How many nodes compute with integers, and how many in float."""
-        in_float = sum(name in chosen or name in self.always_float for name in names)
-        return len(names) - in_float, in_float
-
-    def _rounded(self, tensor: _Tensor, chosen: Set[str]) -> float:
-        """The noise that is left. A float reader of what a float node wrote sees none of it."""
-        if tensor.output in chosen:
-            return 0.0
-        integer_writers, _ = self._split(tensor.writers, chosen)
-        integer_readers, float_readers = self._split(tensor.readers, chosen)
-        if integer_writers or not float_readers:
-            return tensor.noise if integer_writers or integer_readers else 0.0
-        return tensor.noise * integer_readers / (integer_readers + float_readers)
-
-    def _conversions(self, tensor: _Tensor, chosen: Set[str]) -> float:
-        integer_writers, float_writers = self._split(tensor.writers, chosen)
-        integer_readers, float_readers = self._split(tensor.readers, chosen)
-        quantized = integer_readers and (float_writers or not tensor.writers)
-        dequantized = integer_writers and float_readers
-        return conversion_time(tensor.values) * (bool(quantized) + bool(dequantized))

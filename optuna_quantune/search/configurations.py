@@ -30,6 +30,7 @@ from optuna_quantune.search.candidates import enumerate_codes
 from optuna_quantune.search.candidates import MAX_ENUMERATED
 from optuna_quantune.search.candidates import random_codes
 from optuna_quantune.search.encoding import SpaceEncoding
+from optuna_quantune.search.prior import first_look
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.search.targets import center_and_spread
 from optuna_quantune.search.transfer import normal_scores
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 PRIOR_FEATURE = "prior"
 """The feature that estimates the objective's first value."""
+
+CONSTRAINT_PRIOR = "prior:"
+"""With the name of a constraint behind it the feature that estimates the constraint's value."""
 
 Features = Callable[[Mapping[str, Any]], Mapping[str, float]]
 Valid = Callable[[Mapping[str, Any]], bool]
@@ -98,6 +102,28 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Guesses:
+    """What is guessed of configurations before any trial; finite.
+
+    Attributes:
+        values: What the trials' values may rise and fall with, all to be minimised, best informed
+            last: the prior if there is one, then what earlier studies make of it if there are any;
+            float64 of shape (n_configs, n_guesses).
+        limits: The values of constraints, feasible when at most 0, in the order of
+            `Configurations.limit_names`; float64 of shape (n_configs, n_limits).
+    """
+
+    values: NDArray[np.float64]
+    limits: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Guesses:
+        return Guesses(self.values[rows], self.limits[rows])
+
+
+@dataclass(frozen=True)
 class Described:
     """Candidates with what is known of them before any trial.
 
@@ -105,14 +131,12 @@ class Described:
         candidates: The configurations.
         features: The user's features, columns sorted by name, standardised over the space, NaN
             where not finite, float64 of shape (n_configs, n_features).
-        guesses: What the trials' values may rise and fall with, all to be minimised, best
-            informed last: the prior if there is one, then what earlier studies make of it if there
-            are any; finite, float64 of shape (n_configs, n_guesses).
+        guesses: What is guessed of them.
     """
 
     candidates: Candidates
     features: NDArray[np.float64]
-    guesses: NDArray[np.float64]
+    guesses: Guesses
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -202,7 +226,17 @@ class Configurations:
     @property
     def has_guess(self) -> bool:
         """Whether anything is known of the values before the first trial."""
-        return bool(self.reference.guesses.shape[1])
+        return bool(self.reference.guesses.values.shape[1])
+
+    @property
+    def limit_names(self) -> tuple[str, ...]:
+        """The constraints whose values are guessed; known once a configuration was described."""
+        names = self._feature_names
+        return tuple(
+            name.removeprefix(CONSTRAINT_PRIOR)
+            for name in names
+            if name.startswith(CONSTRAINT_PRIOR)
+        )
 
     @property
     def may_share_unit(self) -> tuple[bool, ...]:
@@ -222,7 +256,7 @@ class Configurations:
             return self.reference
         return self._with_guesses(candidates, self._raw(candidates.codes))
 
-    def guesses(self, candidates: Candidates) -> NDArray[np.float64]:
+    def guesses(self, candidates: Candidates) -> Guesses:
         """The guesses for any number of configurations, sketched where that is needed."""
         if self.is_described:
             return self.describe(candidates).guesses
@@ -231,12 +265,12 @@ class Configurations:
         return self._sketched_guesses(candidates)
 
     @cached_property
-    def _guesses_of_all(self) -> NDArray[np.float64]:
+    def _guesses_of_all(self) -> Guesses:
         return self._sketched_guesses(self.all)
 
-    def _sketched_guesses(self, candidates: Candidates) -> NDArray[np.float64]:
-        columns = [_sketched(trees, candidates.trees) for trees in self._sketch]
-        return np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
+    def _sketched_guesses(self, candidates: Candidates) -> Guesses:
+        values, limits = self._sketches
+        return Guesses(_sketched(values, candidates.trees), _sketched(limits, candidates.trees))
 
     def unseen(self, codes: Codes, seen: Codes) -> NDArray[np.bool_]:
         """Which configurations are not among the seen ones; bool of shape (n_configs,)."""
@@ -267,6 +301,10 @@ class Configurations:
             return None
         return self._feature_names.index(PRIOR_FEATURE)
 
+    @property
+    def _limit_columns(self) -> list[int]:
+        return [self._feature_names.index(CONSTRAINT_PRIOR + name) for name in self.limit_names]
+
     @cached_property
     def _reference_candidates(self) -> Candidates:
         if self.is_described and self.is_enumerable:
@@ -281,8 +319,12 @@ class Configurations:
             raw = self._raw(chosen.codes)
             if self._prior_column is None or len(rest) == 0:
                 break
-            trees = _fit_sketch(chosen.trees, self._prior(raw, reference=raw))
-            order = np.argsort(_sketched(trees, rest.trees), kind="stable")
+            prior = self._prior(raw, reference=raw)
+            limits = self._limits(raw, reference=raw)
+            sketches = [_fit_sketch(chosen.trees, c) for c in (prior, *limits.T)]
+            sketched = _sketched(sketches, rest.trees)
+            merit = first_look(sketched[:, 0] / (np.std(prior) or 1.0), sketched[:, 1:], limits)
+            order = np.argsort(merit, kind="stable")
             chosen = chosen.append(rest[order[:_N_IN_ROUND]])
             rest = rest[order[_N_IN_ROUND:]]
         return chosen
@@ -321,11 +363,13 @@ class Configurations:
         return None if transfer.is_empty else transfer
 
     @cached_property
-    def _sketch(self) -> list[xgboost.Booster]:
-        return [
-            _fit_sketch(self.reference.candidates.trees, column)
-            for column in self.reference.guesses.T
-        ]
+    def _sketches(self) -> tuple[list[xgboost.Booster], list[xgboost.Booster]]:
+        """What guesses the values, and the limits, of any configuration, column by column."""
+        inputs, guesses = self.reference.candidates.trees, self.reference.guesses
+        return (
+            [_fit_sketch(inputs, column) for column in guesses.values.T],
+            [_fit_sketch(inputs, column) for column in guesses.limits.T],
+        )
 
     def _with_guesses(self, candidates: Candidates, raw: NDArray[np.float64]) -> Described:
         center, spread = self._standard
@@ -337,8 +381,9 @@ class Configurations:
             scores = normal_scores(columns[0], self._reference_prior)
         if self._transfer is not None:
             columns.append(self._transfer.guess(candidates.trees, features, scores))
-        guesses = np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
-        return Described(candidates, features, guesses)
+        values = np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
+        limits = self._limits(raw, reference=self._reference_features)
+        return Described(candidates, features, Guesses(values, limits))
 
     def _prior(
         self, raw: NDArray[np.float64], *, reference: NDArray[np.float64]
@@ -348,6 +393,14 @@ class Configurations:
         column = raw[:, position]
         mean, _ = center_and_spread(reference[:, position : position + 1])
         return self._sign * np.where(np.isnan(column), mean, column)
+
+    def _limits(
+        self, raw: NDArray[np.float64], *, reference: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """What is guessed of constraints; where it is unknown, the mean over a reference."""
+        columns = raw[:, self._limit_columns]
+        mean, _ = center_and_spread(reference[:, self._limit_columns])
+        return np.where(np.isnan(columns), mean, columns)
 
     def _raw(self, codes: Codes) -> NDArray[np.float64]:
         if self._features is None:
@@ -387,8 +440,12 @@ def _fit_sketch(inputs: NDArray[np.float32], values: NDArray[np.float64]) -> xgb
     return booster
 
 
-def _sketched(trees: xgboost.Booster, inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+def _sketched(
+    trees: Sequence[xgboost.Booster], inputs: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """The columns that each of the boosters guesses; float64 of shape (n_configs, n_boosters)."""
     import xgboost
 
-    predicted = trees.predict(xgboost.DMatrix(inputs, nthread=1))
-    return np.asarray(predicted, dtype=np.float64)
+    data = xgboost.DMatrix(inputs, nthread=1)
+    columns = [np.asarray(booster.predict(data), dtype=np.float64) for booster in trees]
+    return np.stack(columns, axis=1) if columns else np.empty((len(inputs), 0))

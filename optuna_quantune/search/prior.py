@@ -3,7 +3,8 @@
 ``features=`` may hand over the number ``prior`` for every configuration. It can be on the scale of
 the objective, or only rise and fall with it (a signal-to-noise ratio for an accuracy), and it can
 be wrong. A line fitted to the trials, shrunk towards "it is right", turns it into the mean
-function of the surrogate; the surrogate learns the rest.
+function of the surrogate; the surrogate learns the rest. Estimates of constraints are treated
+alike.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_quantune.search.acquisition import log_probability_below
 
+
+# Standard deviation of a constraint around its estimate before any trial, in spreads of the
+# estimate over the space.
+_LIMIT_ERROR = 0.1
 # How far, in spreads of the prior over the space, the trials may lie from their prior on average
 # before the prior is taken to be in another unit than the objective.
 _SAME_UNIT_DISTANCE = 1.5
@@ -79,3 +85,57 @@ class PriorLine:
     def __call__(self, prior: NDArray[np.float64]) -> NDArray[np.float64]:
         """The expected values; float64 of any shape in and out."""
         return self.offset + self.slope * prior
+
+
+@dataclass(frozen=True)
+class LimitLine:
+    """The expected value of a constraint, as a line in its estimate.
+
+    Attributes:
+        line: The line.
+        error: Standard deviation of the constraint around it, positive.
+    """
+
+    line: PriorLine
+    error: float
+
+    @classmethod
+    def fit(
+        cls,
+        space_guess: NDArray[np.float64],
+        trial_guess: NDArray[np.float64],
+        values: NDArray[np.float64],
+    ) -> LimitLine:
+        """Fits the line as `PriorLine.fit` does, and says how far trials lie from it."""
+        line = PriorLine.fit(space_guess, trial_guess, values)
+        expected = _limit_errors(space_guess[:, None])[0]
+        variance = (expected**2 + np.square(values - line(trial_guess)).sum()) / (1 + len(values))
+        return cls(line, float(np.sqrt(variance)))
+
+    def log_probability(self, guess: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logarithm of the probability that the constraint is kept; same shape as `guess`."""
+        return log_probability_below(self.line(guess), np.full(guess.shape, self.error), 0.0)
+
+
+def first_look(
+    values: NDArray[np.float64], limits: NDArray[np.float64], reference: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """How good configurations look before any trial; less is better.
+
+    Args:
+        values: Estimates of the objective, to be minimised, in spreads over the space, float64 of
+            shape (n_configs,).
+        limits: Estimates of constraints, feasible when at most 0, float64 of shape
+            (n_configs, n_limits).
+        reference: The same for the configurations of the space, float64 of shape
+            (n_space, n_limits).
+    """
+    kept = log_probability_below(limits, _limit_errors(reference), 0.0)
+    return np.asarray(values - kept.sum(axis=1))
+
+
+def _limit_errors(reference: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far constraints may lie from their estimates before trials tell; one for each column."""
+    spread = _LIMIT_ERROR * np.std(reference, axis=0)
+    size = np.abs(reference).max(axis=0, initial=0.0)
+    return np.where(spread > 1e-9 * size, spread, np.where(size > 0.0, size, 1.0))

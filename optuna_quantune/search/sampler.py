@@ -109,6 +109,7 @@ class QuantuneSampler(BaseSampler):
             configuration that is considered; always the same names, NaN where unknown. The name
             ``prior`` (:data:`PRIOR_FEATURE`) is an estimate of the objective's first value, on its
             scale or rising and falling with it; the first trial is the one with the best prior.
+            ``prior:NAME`` is one of the constraint NAME, which a trial keeps when it is at most 0.
             Numbers that are the same for all configurations describe the task, for later studies
             that learn from this one. Spaces of more than 512 configurations are sketched from
             some hundreds of them, and about a hundred are considered for each trial.

@@ -5,11 +5,12 @@ logarithm of its expected improvement times the probability that it is feasible 
 
 What is guessed of values beforehand (a prior, earlier studies) enters as mean functions of the
 surrogate, each a line in its guess that is fitted to the trials, and beside them the mean function
-that nothing is known. Trials decide between them.
+that nothing is known. Trials decide between them. What is guessed of constraints does likewise.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -22,7 +23,10 @@ from optuna_quantune.search.acquisition import tchebycheff
 from optuna_quantune.search.configurations import Candidates
 from optuna_quantune.search.configurations import Configurations
 from optuna_quantune.search.configurations import Described
+from optuna_quantune.search.configurations import Guesses
 from optuna_quantune.search.history import History
+from optuna_quantune.search.prior import first_look
+from optuna_quantune.search.prior import LimitLine
 from optuna_quantune.search.prior import PriorLine
 from optuna_quantune.search.surrogate import ModelInputs
 from optuna_quantune.search.surrogate import Surrogate
@@ -61,13 +65,12 @@ class Scorer:
 
     def score(self, candidates: Described) -> Array:
         """float64 of shape (n_candidates,)."""
+        if self._surrogate is None:
+            return -self._first_look(candidates.guesses)
         inputs = _inputs(candidates)
         score = np.zeros(len(candidates))
         for limit in self._limits:
-            score += log_probability_below(*limit.predict(inputs), 0.0)
-        if self._surrogate is None:
-            # No trial yet: nothing but the guesses is known, the last being the best informed.
-            return score - candidates.guesses[:, -1]
+            score += limit.log_probability(inputs, candidates.guesses)
         if not self._any_feasible:
             # Whatever its value, a first feasible trial is an improvement.
             return score
@@ -81,9 +84,17 @@ class Scorer:
         """
         guesses = self._configurations.guesses(candidates)
         if self._surrogate is None:
-            return np.asarray(guesses[:, -1])
+            return self._first_look(guesses)
         expected = self._means(guesses) @ self._surrogate.belief
+        for limit in self._limits:
+            expected = expected - limit.log_probability_as_guessed(guesses)
         return self._surrogate.screen(candidates.kernel) + expected
+
+    def _first_look(self, guesses: Guesses) -> Array:
+        """What the guesses alone say, before any trial; the last one is the best informed."""
+        reference = self._configurations.reference.guesses
+        spread = float(np.std(reference.values[:, -1])) or 1.0
+        return first_look(guesses.values[:, -1] / spread, guesses.limits, reference.limits)
 
     def _described(self, codes: Array) -> Described:
         return self._configurations.describe(self._configurations.candidates(codes))
@@ -133,36 +144,127 @@ class Scorer:
         return [
             PriorLine.fit(reference, guess[finite], values[finite], may_share_unit=may_share_unit)
             for reference, guess, may_share_unit in zip(
-                self._configurations.reference.guesses.T,
-                trials.guesses.T,
+                self._configurations.reference.guesses.values.T,
+                trials.guesses.values.T,
                 self._configurations.may_share_unit,
                 strict=True,
             )
         ]
 
-    def _means(self, guesses: Array) -> Array:
+    def _means(self, guesses: Guesses) -> Array:
         """The targets as the mean functions expect them, shape (n_configs, 1 + n_guesses)."""
         means = np.zeros((len(guesses), 1 + len(self._lines)))
         for column, line in enumerate(self._lines):
-            means[:, 1 + column] = self._transform(line(guesses[:, column]))
+            means[:, 1 + column] = self._transform(line(guesses.values[:, column]))
         return means
 
     def _fit_limits(
         self, history: History, trials: Described, failed: Described, pending: ModelInputs
     ) -> None:
-        """Surrogates of what must not exceed zero: constraints, and +1 / -1 for failure."""
-        self._limits = []
-        for values in history.constraints.values():
+        """What must not exceed zero: constraints, and +1 / -1 for failure."""
+        self._limits: list[_Limit] = []
+        guessed = self._configurations.limit_names
+        unknown = np.full(len(trials), np.nan)
+        for name in sorted({*guessed, *history.constraints}):
+            values = history.constraints.get(name, unknown)
             known = ~np.isnan(values)
-            if np.any(values[known] > 0.0):
-                scale = np.median(np.abs(values[known & (values != 0.0)]))
-                targets = np.arcsinh(np.clip(values[known] / (scale or 1.0), -1e6, 1e6))
-                inputs = _inputs(trials[known])
-                self._limits.append(Surrogate(inputs, targets, self._n_params, pending=pending))
+            column = guessed.index(name) if name in guessed else None
+            if column is None and not np.any(values[known] > 0.0):
+                continue  # as far as is known, all keep it
+            reference = self._configurations.reference.guesses.limits
+            self._limits.append(
+                _Limit.fit(
+                    trials[known],
+                    values[known],
+                    guess=None if column is None else (column, reference[:, column]),
+                    n_params=self._n_params,
+                    pending=pending,
+                )
+            )
         if len(failed) and len(trials):
             inputs = _inputs(trials).append(_inputs(failed))
             targets = np.repeat([-1.0, 1.0], [len(trials), len(failed)])
-            self._limits.append(Surrogate(inputs, targets, self._n_params, pending=pending))
+            surrogate = Surrogate(inputs, targets, self._n_params, pending=pending)
+            self._limits.append(_Limit(surrogate))
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """What must not exceed zero, as far as it is known.
+
+    Attributes:
+        surrogate: What the trials make of it; None without trials.
+        column: Which of the guesses of limits is its, if one is.
+        line: What the trials make of that guess.
+        scale: The unit of the surrogate.
+    """
+
+    surrogate: Surrogate | None
+    column: int | None = None
+    line: LimitLine | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def fit(
+        cls,
+        trials: Described,
+        values: Array,
+        *,
+        guess: tuple[int, Array] | None,
+        n_params: int,
+        pending: ModelInputs,
+    ) -> _Limit:
+        """Fits it to trials that have a value of it.
+
+        Args:
+            trials: The trials.
+            values: Their values, float64 of shape (n_trials,).
+            guess: The column of its guess and the guess over the space, if it is guessed.
+            n_params: The number of parameters.
+            pending: Configurations that are being measured.
+        """
+        scale = float(np.median(np.abs(values[values != 0.0]))) if values.any() else 1.0
+        limit = cls(None, scale=scale)
+        if guess is not None:
+            column, reference = guess
+            line = LimitLine.fit(reference, trials.guesses.limits[:, column], values)
+            limit = replace(limit, column=column, line=line)
+        if len(trials) == 0:
+            return limit
+        means = limit._means(trials.guesses)
+        surrogate = Surrogate(
+            _inputs(trials),
+            limit._target(values),
+            n_params,
+            means=means,
+            beliefs=np.array([_BELIEF_IN_NOTHING, 1.0])[: means.shape[1]],
+            pending=pending,
+        )
+        return replace(limit, surrogate=surrogate)
+
+    def log_probability(self, inputs: ModelInputs, guesses: Guesses) -> Array:
+        """Logarithm of the probability that candidates keep it, float64 of shape (n,)."""
+        if self.surrogate is None:
+            return self.log_probability_as_guessed(guesses)
+        predicted = self.surrogate.predict(inputs, self._means(guesses))
+        return log_probability_below(*predicted, 0.0)
+
+    def log_probability_as_guessed(self, guesses: Guesses) -> Array:
+        """The same by the guess alone; 0 where there is none."""
+        if self.line is None:
+            return np.zeros(len(guesses))
+        return self.line.log_probability(guesses.limits[:, self.column])
+
+    def _target(self, values: Array) -> Array:
+        return np.arcsinh(np.clip(values / self.scale, -1e6, 1e6))
+
+    def _means(self, guesses: Guesses) -> Array:
+        """What nothing, and the guess, expect of it; float64 of shape (n, 1 or 2)."""
+        nothing = np.zeros((len(guesses), 1))
+        if self.line is None:
+            return nothing
+        expected = self._target(self.line.line(guesses.limits[:, self.column]))
+        return np.column_stack([nothing, expected])
 
 
 def _inputs(described: Described) -> ModelInputs:
@@ -176,7 +278,7 @@ def _inputs(described: Described) -> ModelInputs:
 
 def _as_guessed(history: History, running: Described) -> History:
     """The history if all running trials had come out as guessed."""
-    guesses = running.guesses[:, -1:]
+    guesses = running.guesses.values[:, -1:]
     return replace(
         history,
         codes=history.pending,

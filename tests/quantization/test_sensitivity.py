@@ -13,6 +13,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
+from optuna_quantune.quantization.placed_graph import PlacedGraph
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.quantizer import Quantizer
@@ -32,7 +33,11 @@ def noise(quantizer: Quantizer, toy_probe: Probe) -> NoiseModel:
 
 @pytest.fixture(scope="module")
 def order(quantizer: Quantizer, noise: NoiseModel) -> Order:
-    return float_order(quantizer.model, quantizer.placement(()), noise.predict(CONFIG))
+    return order_of(quantizer, noise.predict(CONFIG))
+
+
+def order_of(quantizer: Quantizer, prediction: NoisePrediction) -> Order:
+    return float_order(PlacedGraph.of(quantizer.model, quantizer.placement(()), prediction))
 
 
 def only(quantizer: Quantizer, **contributions: float) -> NoisePrediction:
@@ -76,7 +81,7 @@ def test_no_name_stands_in_two_steps_and_all_can_be_kept_in_float(
 
 def test_noise_that_two_nodes_share_is_taken_away_by_both(quantizer: Quantizer) -> None:
     prediction = only(quantizer, **{"depthwise.relu6": 1.0})
-    order = float_order(quantizer.model, quantizer.placement(()), prediction)
+    order = order_of(quantizer, prediction)
     assert ("depthwise", "project") in order
     # The stem takes less time in float: it comes first, noise or not.
     assert order[0] == ("stem",)
@@ -84,7 +89,7 @@ def test_noise_that_two_nodes_share_is_taken_away_by_both(quantizer: Quantizer) 
 
 def test_an_output_that_need_not_be_rounded_costs_no_layer(quantizer: Quantizer) -> None:
     prediction = only(quantizer, logits=1.0)
-    order = float_order(quantizer.model, quantizer.placement(()), prediction)
+    order = order_of(quantizer, prediction)
     assert set(order) == {("logits",), ("stem",)}
 
 
@@ -92,7 +97,7 @@ def test_of_equal_noise_the_cheaper_node_comes_first(quantizer: Quantizer) -> No
     weights = {"depthwise.weight": 1.0, "stem.weight": 1.0, "project.weight": 1.0}
     silent = dict.fromkeys(only(quantizer).rounding, 0.0)
     prediction = NoisePrediction(silent, silent, weights, {})
-    order = float_order(quantizer.model, quantizer.placement(()), prediction)
+    order = order_of(quantizer, prediction)
     ranks = {name: rank for rank, step in enumerate(order) for name in step}
     # The integer stem would copy three channels together tap by tap.
     assert ranks["stem"] < ranks["project"]
@@ -123,3 +128,18 @@ def test_the_knob_counts_steps(quantizer: Quantizer, order: Order) -> None:
 def test_other_values_of_the_knob_are_refused(value: object) -> None:
     with pytest.raises(InputError, match="knob 'float_layers'"):
         QuantizationConfig(float_layers=value)  # type: ignore[arg-type]
+
+
+def test_what_stays_in_float_decides_how_long_a_model_takes(
+    quantizer: Quantizer, noise: NoiseModel
+) -> None:
+    graph = PlacedGraph.of(quantizer.model, quantizer.placement(()), noise.predict(CONFIG))
+    everything = frozenset(graph.nodes)
+    assert graph.latency_ratio(everything) == pytest.approx(1.0)
+    # The toy's integer nodes are so small that what nodes take by themselves decides.
+    float_stem = graph.latency_ratio(frozenset({"stem"}))
+    assert float_stem < graph.latency_ratio(frozenset())
+    # Sixteen bits: float nodes, and conversions around each.
+    assert graph.latency_ratio(frozenset(), activation_bits=16) > 1.0
+    some = graph.latency_ratio(frozenset({"stem", "depthwise"}), activation_bits=16)
+    assert 1.0 < some < graph.latency_ratio(frozenset(), activation_bits=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from optuna.distributions import CategoricalDistribution
 from scipy.stats import spearmanr
 
 from optuna_quantune.search.configurations import Configurations
+from optuna_quantune.search.configurations import CONSTRAINT_PRIOR
 from optuna_quantune.search.configurations import MAX_DESCRIBED
 from optuna_quantune.search.sampler import QuantuneSampler
 
@@ -53,7 +55,7 @@ def test_a_small_space_is_described_as_a_whole() -> None:
 def test_the_guesses_of_a_large_space_are_sketched_from_a_few_hundred_of_them() -> None:
     features = CountingFeatures()
     configurations = Configurations(LARGE, features, None, {})
-    guesses = configurations.guesses(configurations.all)[:, 0]
+    guesses = configurations.guesses(configurations.all).values[:, 0]
     truth = [cost(configurations.encoding.decode(codes)) for codes in configurations.all.codes]
     assert features.calls < 600
     assert spearmanr(guesses, truth).statistic > 0.95
@@ -117,3 +119,72 @@ def test_named_configurations_of_a_huge_space_are_looked_at() -> None:
     named = [best, dict.fromkeys(HUGE, 2), dict.fromkeys(HUGE, 7), {"layer00": 1}]
     sampler = QuantuneSampler(HUGE, features=CountingFeatures(), candidates=lambda: named, seed=0)
     assert optuna.create_study(sampler=sampler).ask(HUGE).params == best
+
+
+def limited(
+    space: Mapping[str, BaseDistribution], bound: float, error: float
+) -> Callable[..., optuna.Study]:
+    """Runs trials of a value that grows with the knobs, under a bound on their sum.
+
+    How far the sum is beyond the bound is guessed with the given error.
+    """
+
+    def weight(params: Mapping[str, Any]) -> float:
+        return sum(params.values()) - bound
+
+    def features(params: Mapping[str, Any]) -> dict[str, float]:
+        return {"prior": -cost(params), CONSTRAINT_PRIOR + "weight": weight(params) + error}
+
+    def run(n_trials: int) -> optuna.Study:
+        study = optuna.create_study(sampler=QuantuneSampler(space, features=features, seed=0))
+        for _ in range(n_trials):
+            trial = study.ask(dict(space))
+            trial.set_constraint("weight", weight(trial.params))
+            study.tell(trial, -cost(trial.params))
+        return study
+
+    return run
+
+
+SMALL = {f"knob{i}": CategoricalDistribution(range(4)) for i in range(4)}
+
+
+@pytest.mark.parametrize(("space", "bound"), [(SMALL, 5.0), (LARGE, 7.0), (HUGE, 36.0)])
+def test_the_first_trial_keeps_a_bound_that_is_guessed_right(
+    space: dict[str, BaseDistribution], bound: float
+) -> None:
+    (first,) = limited(space, bound, 0.0)(1).trials
+    assert first.constraints["weight"] <= 0.0
+    assert first.constraints["weight"] >= -3.0  # and does not stay far below it
+
+
+def test_the_trials_correct_a_constraint_that_is_guessed_too_low_or_too_high() -> None:
+    candidates = [dict(zip(SMALL, codes, strict=True)) for codes in np.ndindex(4, 4, 4, 4)]
+    best = max(cost(params) for params in candidates if sum(params.values()) <= 5)
+    for error in (-1.5, 1.5):
+        study = limited(SMALL, 5.0, error)(8)
+        kept = [t for t in study.trials if t.constraints["weight"] <= 0.0]
+        assert max(cost(trial.params) for trial in kept) > 0.95 * best
+
+
+def test_a_constraint_may_be_guessed_for_some_configurations_or_all_alike() -> None:
+    """An unknown guess counts as the mean, and one that tells nothing apart decides nothing."""
+    configurations = Configurations(
+        SMALL,
+        lambda p: {"prior": 1.0, "prior:a": p["knob0"] if p["knob1"] else np.nan, "prior:b": 7.0},
+        None,
+        {},
+    )
+    limits = configurations.reference.guesses.limits
+    assert configurations.limit_names == ("a", "b")
+    assert np.isfinite(limits).all()
+    unknown = configurations.all.codes[:, 1] == 0
+    np.testing.assert_allclose(limits[unknown, 0], 1.5)
+    study = optuna.create_study(
+        sampler=QuantuneSampler(SMALL, features=configurations._features, seed=0)
+    )
+    for _ in range(3):
+        trial = study.ask(dict(SMALL))
+        trial.set_constraint("b", 0.0)
+        study.tell(trial, cost(trial.params))
+    assert len({tuple(t.params.values()) for t in study.trials}) == 3
