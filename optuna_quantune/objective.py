@@ -308,11 +308,12 @@ class QuantizationObjective:
 
         - ``expected_agreement``, where there are classes: predicted noise turned into expected
           agreement by the float model's outputs;
-        - ``prior``, the expected value of the first objective. Of top-1 and top-5 it is the
-          expected agreement times the float model's accuracy, of metrics without classes the
-          predicted output SQNR, in the order of which their values are expected;
-        - ``prior:latency``, ``prior:size``, and ``prior:accuracy_drop`` if accuracy is not the
-          first objective: the expected values of the constraints that there are. (Accuracy as an
+        - ``prior``, the expected value of the first objective, ``prior_2`` that of the second, and
+          so on. Of top-1 and top-5 it is the expected agreement times the float model's accuracy,
+          of metrics without classes the predicted output SQNR, in the order of which their values
+          are expected;
+        - ``prior:latency``, ``prior:size``, and ``prior:accuracy_drop`` if accuracy is no
+          objective: the expected values of the constraints that there are. (Accuracy as an
           objective rises as its loss falls; that needs no second estimate.)
 
         Latency is estimated node by node, and only for targets that run on a processor.
@@ -322,30 +323,32 @@ class QuantizationObjective:
         """
         config = self.space.config(params)
         features = self._builder.predict(config).features()
-        metric = self._expected(config)
         if self.chosen_metric.of_classes:
             features["expected_agreement"] = self._expected_agreement(config)
-        first = self.goals.objectives[0]
-        latency = size = math.nan
-        if first == "latency" or self.goals.max_latency is not None:
-            latency = self._builder.predict_latency(config)
-        if first == "size" or self.goals.max_size is not None:
-            size = self._builder.predict_size(config)
-        prior = {"accuracy": metric, "latency": latency, "size": size}[first]
-        if not math.isnan(prior):
-            features[PRIOR_FEATURE] = prior
+        goals = self.goals
+        wanted = {*goals.objectives}
+        wanted |= {"latency"} if goals.max_latency is not None else set()
+        wanted |= {"size"} if goals.max_size is not None else set()
+        priors = {
+            "accuracy": self._expected(config),
+            "latency": self._builder.predict_latency(config) if "latency" in wanted else math.nan,
+            "size": self._builder.predict_size(config) if "size" in wanted else math.nan,
+        }
+        for number, objective in enumerate(goals.objectives, start=1):
+            if not math.isnan(priors[objective]):
+                name = PRIOR_FEATURE if number == 1 else f"{PRIOR_FEATURE}_{number}"
+                features[name] = priors[objective]
         # What is not classified has its prior in another unit than its value.
-        value = metric if self.chosen_metric.of_classes else math.nan
-        constraints = self.goals.constraints(self.outcome(value, latency, size))
-        if first == "accuracy":
-            constraints.pop(DROP_CONSTRAINT, None)
-        for name, violation in constraints.items():
-            if not math.isnan(violation):
+        value = priors["accuracy"] if self.chosen_metric.of_classes else math.nan
+        outcome = self.outcome(value, priors["latency"], priors["size"])
+        for name, violation in goals.constraints(outcome).items():
+            redundant = name == DROP_CONSTRAINT and "accuracy" in goals.objectives
+            if not redundant and not math.isnan(violation):
                 features[CONSTRAINT_PRIOR + name] = violation
         return features
 
     def _expected(self, config: QuantizationConfig) -> float:
-        """What is expected of the metric's value; without classes, what rises and falls with it."""
+        """What is expected of the metric's value; without classes something that rises with it."""
         if not self.chosen_metric.of_classes:
             sqnr_db = self._builder.predict(config).features()["predicted_sqnr_db"]
             return self.chosen_metric.sign * sqnr_db

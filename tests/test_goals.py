@@ -358,7 +358,11 @@ def test_constraints_are_expected_before_they_are_measured(
     assert fast["prior"] == pytest.approx(twice["prior:latency"] + 1.0)
     drop = 1.0 - plain["expected_agreement"]
     assert fast["prior:accuracy_drop"] == pytest.approx(drop - 0.01)
+    several = features(objectives=["latency", "accuracy", "size"])
+    assert several["prior"] == fast["prior"]
+    assert several["prior_2"] == plain["prior"]
     small = features(objectives=["size"])
+    assert several["prior_3"] == small["prior"]
     assert small["prior"] == pytest.approx((twice["prior:size"] + 1.0) * 20_000)
 
 

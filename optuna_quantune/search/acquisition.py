@@ -5,6 +5,7 @@ Everything is minimised and every score is a logarithm, larger is better.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -55,22 +56,37 @@ def log_probability_below(mean: Array, std: Array, bound: float) -> Array:
     return np.asarray(log_ndtr((bound - mean) / std))
 
 
-def tchebycheff(targets: Array, weights: Array) -> Array:
+@dataclass(frozen=True)
+class Tchebycheff:
     """Augmented Tchebycheff scalarisation of several objectives.
 
     Every Pareto-optimal point minimises it for some weights, on concave fronts too, which no
     weighted sum can do (Knowles, ParEGO, IEEE TEC 10(1), 2006).
 
-    Args:
-        targets: Objectives to be minimised on comparable scales, float64 of shape
-            (n_trials, n_objectives).
-        weights: Non-negative, summing to 1, float64 of shape (n_objectives,).
-
-    Returns:
-        float64 of shape (n_trials,).
+    Attributes:
+        lowest: The least value of each objective, float64 of shape (n_objectives,).
+        extent: Their ranges, positive; shape as above.
+        weights: Non-negative, summing to 1; shape as above.
     """
-    lowest = targets.min(axis=0)
-    extent = targets.max(axis=0) - lowest
-    weighted = (targets - lowest) / np.where(extent > 0.0, extent, 1.0) * weights
-    result: Array = weighted.max(axis=1) + _AUGMENTATION * weighted.sum(axis=1)
-    return result
+
+    lowest: Array
+    extent: Array
+    weights: Array
+
+    @classmethod
+    def fit(cls, targets: Array, weights: Array) -> Tchebycheff:
+        """The scalarisation that sees the given targets between 0 and 1.
+
+        Args:
+            targets: Objectives to be minimised, float64 of shape (n_trials, n_objectives).
+            weights: Of the objectives.
+        """
+        lowest = targets.min(axis=0)
+        extent = targets.max(axis=0) - lowest
+        return cls(lowest, np.where(extent > 0.0, extent, 1.0), weights)
+
+    def __call__(self, targets: Array) -> Array:
+        """From float64 of shape (n, n_objectives) to float64 of shape (n,), to be minimised."""
+        weighted = (targets - self.lowest) / self.extent * self.weights
+        result: Array = weighted.max(axis=1) + _AUGMENTATION * weighted.sum(axis=1)
+        return result

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.search.acquisition import Tchebycheff
 from optuna_quantune.search.candidates import Codes
 from optuna_quantune.search.candidates import enumerate_codes
 from optuna_quantune.search.candidates import MAX_ENUMERATED
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     import xgboost
 
 PRIOR_FEATURE = "prior"
-"""The feature that estimates the objective's first value."""
+"""The feature that estimates the objective's first value; ``prior_2`` that of its second."""
 
 CONSTRAINT_PRIOR = "prior:"
 """With the name of a constraint behind it the feature that estimates the constraint's value."""
@@ -109,18 +110,21 @@ class Guesses:
         values: What the trials' values may rise and fall with, all to be minimised, best informed
             last: the prior if there is one, then what earlier studies make of it if there are any;
             float64 of shape (n_configs, n_guesses).
+        further: Priors of the other objectives, to be minimised, in the order of
+            `Configurations.further_objectives`; float64 of shape (n_configs, n_further).
         limits: The values of constraints, feasible when at most 0, in the order of
             `Configurations.limit_names`; float64 of shape (n_configs, n_limits).
     """
 
     values: NDArray[np.float64]
+    further: NDArray[np.float64]
     limits: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Guesses:
-        return Guesses(self.values[rows], self.limits[rows])
+        return Guesses(self.values[rows], self.further[rows], self.limits[rows])
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ class Configurations:
         valid: Whether a configuration can be run.
         constants: Values of parameters that ``features`` and ``valid`` expect but the space lacks,
             as when a ``PartialFixedSampler`` has taken them out.
-        sign: -1 where the prior is of an objective that is maximised, else 1.
+        signs: Of each objective -1 if it is maximised, else 1.
         sources: Earlier studies.
         suggest: Configurations that are worth looking at.
     """
@@ -166,7 +170,7 @@ class Configurations:
         valid: Valid | None,
         constants: Mapping[str, Any],
         *,
-        sign: float = 1.0,
+        signs: Sequence[float] = (1.0,),
         sources: Sequence[SourceStudy] = (),
         suggest: Suggest | None = None,
     ) -> None:
@@ -174,7 +178,7 @@ class Configurations:
         self._features = features
         self._valid = valid
         self._constants = dict(constants)
-        self._sign = sign
+        self._signs = tuple(signs)
         self._sources = tuple(sources)
         self._suggest = suggest
         self._feature_names: tuple[str, ...] = ()
@@ -229,6 +233,12 @@ class Configurations:
         return bool(self.reference.guesses.values.shape[1])
 
     @property
+    def further_objectives(self) -> tuple[int, ...]:
+        """Which objectives behind the first one have a prior; known as the next."""
+        numbers = range(1, len(self._signs))
+        return tuple(n for n in numbers if f"{PRIOR_FEATURE}_{n + 1}" in self._feature_names)
+
+    @property
     def limit_names(self) -> tuple[str, ...]:
         """The constraints whose values are guessed; known once a configuration was described."""
         names = self._feature_names
@@ -269,8 +279,7 @@ class Configurations:
         return self._sketched_guesses(self.all)
 
     def _sketched_guesses(self, candidates: Candidates) -> Guesses:
-        values, limits = self._sketches
-        return Guesses(_sketched(values, candidates.trees), _sketched(limits, candidates.trees))
+        return Guesses(*(_sketched(sketch, candidates.trees) for sketch in self._sketches))
 
     def unseen(self, codes: Codes, seen: Codes) -> NDArray[np.bool_]:
         """Which configurations are not among the seen ones; bool of shape (n_configs,)."""
@@ -293,6 +302,11 @@ class Configurations:
         if self._features is None:
             return {}
         return dict(zip(self._feature_names, self._raw(codes[None])[0].tolist(), strict=True))
+
+    @property
+    def _further_columns(self) -> list[int]:
+        numbers = self.further_objectives
+        return [self._feature_names.index(f"{PRIOR_FEATURE}_{n + 1}") for n in numbers]
 
     @property
     def _prior_column(self) -> int | None:
@@ -319,11 +333,18 @@ class Configurations:
             raw = self._raw(chosen.codes)
             if self._prior_column is None or len(rest) == 0:
                 break
-            prior = self._prior(raw, reference=raw)
+            values = np.column_stack(
+                [self._prior(raw, reference=raw), self._further(raw, reference=raw)]
+            )
             limits = self._limits(raw, reference=raw)
-            sketches = [_fit_sketch(chosen.trees, c) for c in (prior, *limits.T)]
+            sketches = [_fit_sketch(chosen.trees, c) for c in (*values.T, *limits.T)]
             sketched = _sketched(sketches, rest.trees)
-            merit = first_look(sketched[:, 0] / (np.std(prior) or 1.0), sketched[:, 1:], limits)
+            n = values.shape[1]
+            # Weights of its own for each, so that the whole of a front is looked at.
+            weights = rng.dirichlet(np.ones(n), len(rest)) if n > 1 else np.ones(1)
+            front = Tchebycheff.fit(values, weights)
+            spread = float(np.std(front(values))) or 1.0 if n == 1 else 0.1
+            merit = first_look(front(sketched[:, :n]) / spread, sketched[:, n:], limits)
             order = np.argsort(merit, kind="stable")
             chosen = chosen.append(rest[order[:_N_IN_ROUND]])
             rest = rest[order[_N_IN_ROUND:]]
@@ -358,18 +379,16 @@ class Configurations:
         if not self._sources:
             return None
         transfer = Transfer(
-            self._sources, self.encoding, self._feature_names, self._prior_column, self._sign
+            self._sources, self.encoding, self._feature_names, self._prior_column, self._signs[0]
         )
         return None if transfer.is_empty else transfer
 
     @cached_property
-    def _sketches(self) -> tuple[list[xgboost.Booster], list[xgboost.Booster]]:
-        """What guesses the values, and the limits, of any configuration, column by column."""
+    def _sketches(self) -> list[list[xgboost.Booster]]:
+        """What guesses each part of the guesses of any configuration, column by column."""
         inputs, guesses = self.reference.candidates.trees, self.reference.guesses
-        return (
-            [_fit_sketch(inputs, column) for column in guesses.values.T],
-            [_fit_sketch(inputs, column) for column in guesses.limits.T],
-        )
+        parts = (guesses.values, guesses.further, guesses.limits)
+        return [[_fit_sketch(inputs, column) for column in part.T] for part in parts]
 
     def _with_guesses(self, candidates: Candidates, raw: NDArray[np.float64]) -> Described:
         center, spread = self._standard
@@ -382,25 +401,29 @@ class Configurations:
         if self._transfer is not None:
             columns.append(self._transfer.guess(candidates.trees, features, scores))
         values = np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
+        further = self._further(raw, reference=self._reference_features)
         limits = self._limits(raw, reference=self._reference_features)
-        return Described(candidates, features, Guesses(values, limits))
+        return Described(candidates, features, Guesses(values, further, limits))
 
     def _prior(
         self, raw: NDArray[np.float64], *, reference: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """The prior, to be minimised; where it is unknown, its mean over a reference."""
-        position = self._feature_names.index(PRIOR_FEATURE)
-        column = raw[:, position]
-        mean, _ = center_and_spread(reference[:, position : position + 1])
-        return self._sign * np.where(np.isnan(column), mean, column)
+        assert self._prior_column is not None
+        return self._signs[0] * _filled(raw, reference, [self._prior_column])[:, 0]
+
+    def _further(
+        self, raw: NDArray[np.float64], *, reference: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The priors of the other objectives, likewise."""
+        signs = np.array([self._signs[n] for n in self.further_objectives])
+        return signs * _filled(raw, reference, self._further_columns)
 
     def _limits(
         self, raw: NDArray[np.float64], *, reference: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """What is guessed of constraints; where it is unknown, the mean over a reference."""
-        columns = raw[:, self._limit_columns]
-        mean, _ = center_and_spread(reference[:, self._limit_columns])
-        return np.where(np.isnan(columns), mean, columns)
+        """What is guessed of constraints, likewise."""
+        return _filled(raw, reference, self._limit_columns)
 
     def _raw(self, codes: Codes) -> NDArray[np.float64]:
         if self._features is None:
@@ -428,6 +451,14 @@ class Configurations:
 
     def _params(self, codes: Codes) -> dict[str, Any]:
         return {**self._constants, **self.encoding.decode(codes)}
+
+
+def _filled(
+    raw: NDArray[np.float64], reference: NDArray[np.float64], columns: Sequence[int]
+) -> NDArray[np.float64]:
+    """Some columns of features; what is unknown is the mean over a reference."""
+    mean, _ = center_and_spread(reference[:, columns])
+    return np.where(np.isnan(raw[:, columns]), mean, raw[:, columns])
 
 
 def _fit_sketch(inputs: NDArray[np.float32], values: NDArray[np.float64]) -> xgboost.Booster:

@@ -109,6 +109,7 @@ class QuantuneSampler(BaseSampler):
             configuration that is considered; always the same names, NaN where unknown. The name
             ``prior`` (:data:`PRIOR_FEATURE`) is an estimate of the objective's first value, on its
             scale or rising and falling with it; the first trial is the one with the best prior.
+            ``prior_2``, ``prior_3`` and so on are those of the other values, if there are several.
             ``prior:NAME`` is one of the constraint NAME, which a trial keeps when it is at most 0.
             Numbers that are the same for all configurations describe the task, for later studies
             that learn from this one. Spaces of more than 512 configurations are sketched from
@@ -297,8 +298,8 @@ class QuantuneSampler(BaseSampler):
             # PartialFixedSampler takes parameters out; their values are in ``fixed``.
             search_space = self._search_space
         constants = {name: value for name, value in fixed.items() if name not in search_space}
-        sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
-        key = (repr(sorted(search_space.items())), repr(sorted(constants.items())), sign)
+        signs = tuple(-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions)
+        key = (repr(sorted(search_space.items())), repr(sorted(constants.items())), signs)
         if key not in self._configurations:
             if len(self._configurations) >= _MAX_CACHED_SPACES:
                 self._configurations.clear()
@@ -307,7 +308,7 @@ class QuantuneSampler(BaseSampler):
                 self._features,
                 self._valid,
                 constants,
-                sign=sign,
+                signs=signs,
                 sources=self._sources,
                 suggest=self._candidates,
             )

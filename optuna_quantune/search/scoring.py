@@ -4,8 +4,8 @@ Objectives, constraints and failures each have a surrogate; the score of a candi
 logarithm of its expected improvement times the probability that it is feasible and does not fail.
 
 What is guessed of values beforehand (a prior, earlier studies) enters as mean functions of the
-surrogate, each a line in its guess that is fitted to the trials, and beside them the mean function
-that nothing is known. Trials decide between them. What is guessed of constraints does likewise.
+surrogate (`expectations.py`), and beside them the mean function that nothing is known. Trials
+decide between them. What is guessed of constraints does likewise.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 
 from optuna_quantune.search.acquisition import log_expected_improvement
 from optuna_quantune.search.acquisition import log_probability_below
-from optuna_quantune.search.acquisition import tchebycheff
 from optuna_quantune.search.configurations import Candidates
 from optuna_quantune.search.configurations import Configurations
 from optuna_quantune.search.configurations import Described
 from optuna_quantune.search.configurations import Guesses
+from optuna_quantune.search.expectations import before_trials
+from optuna_quantune.search.expectations import combine
 from optuna_quantune.search.history import History
-from optuna_quantune.search.prior import first_look
 from optuna_quantune.search.prior import LimitLine
-from optuna_quantune.search.prior import PriorLine
 from optuna_quantune.search.surrogate import ModelInputs
 from optuna_quantune.search.surrogate import Surrogate
 from optuna_quantune.search.targets import TargetTransform
@@ -66,7 +65,7 @@ class Scorer:
     def score(self, candidates: Described) -> Array:
         """float64 of shape (n_candidates,)."""
         if self._surrogate is None:
-            return -self._first_look(candidates.guesses)
+            return -before_trials(self._configurations, candidates.guesses, self._weights)
         inputs = _inputs(candidates)
         score = np.zeros(len(candidates))
         for limit in self._limits:
@@ -84,17 +83,11 @@ class Scorer:
         """
         guesses = self._configurations.guesses(candidates)
         if self._surrogate is None:
-            return self._first_look(guesses)
+            return before_trials(self._configurations, guesses, self._weights)
         expected = self._means(guesses) @ self._surrogate.belief
         for limit in self._limits:
             expected = expected - limit.log_probability_as_guessed(guesses)
         return self._surrogate.screen(candidates.kernel) + expected
-
-    def _first_look(self, guesses: Guesses) -> Array:
-        """What the guesses alone say, before any trial; the last one is the best informed."""
-        reference = self._configurations.reference.guesses
-        spread = float(np.std(reference.values[:, -1])) or 1.0
-        return first_look(guesses.values[:, -1] / spread, guesses.limits, reference.limits)
 
     def _described(self, codes: Array) -> Described:
         return self._configurations.describe(self._configurations.candidates(codes))
@@ -103,20 +96,13 @@ class Scorer:
         self, history: History, trials: Described, pending: ModelInputs, weights: Array
     ) -> None:
         self._surrogate = None
+        self._weights = weights
         if len(trials) == 0:
             return
-        values = history.values
-        if values.shape[1] > 1:
-            scaled = [TargetTransform.fit(column)(column) for column in values.T]
-            self._lines: list[PriorLine] = []
-            combined = tchebycheff(np.stack(scaled, axis=1), weights)
-            noise = np.zeros(len(values))
-        else:
-            combined, noise = values[:, 0], history.noise
-            self._lines = self._fit_lines(trials, combined)
-        spread = self._lines[-1].spread if self._lines else None
-        self._transform = TargetTransform.fit(combined, spread)
-        targets = self._transform(combined)
+        combined = combine(self._configurations, history, trials, weights)
+        self._expectations = combined.expectations
+        self._transform = TargetTransform.fit(combined.values, combined.spread)
+        targets, noise = self._transform(combined.values), combined.noise
         self._any_feasible = bool(history.feasible.any())
         # An estimate is no result: a complete trial is what is to be improved on.
         complete = history.feasible & (history.noise == 0.0)
@@ -128,34 +114,20 @@ class Scorer:
             targets[rows],
             self._n_params,
             means=self._means(trials.guesses)[rows],
-            beliefs=np.array([_BELIEF_IN_NOTHING] + [1.0] * len(self._lines)),
+            beliefs=np.array([_BELIEF_IN_NOTHING] + [1.0] * len(self._expectations)),
             noise=np.where(
                 np.isfinite(noise),
-                np.nan_to_num(noise, posinf=0.0) * self._transform.slope(combined),
+                np.nan_to_num(noise, posinf=0.0) * self._transform.slope(combined.values),
                 _UNKNOWN_NOISE,
             )[rows],
             pending=pending,
         )
 
-    def _fit_lines(self, trials: Described, values: Array) -> list[PriorLine]:
-        finite = np.isfinite(values)
-        if not finite.any():
-            return []
-        return [
-            PriorLine.fit(reference, guess[finite], values[finite], may_share_unit=may_share_unit)
-            for reference, guess, may_share_unit in zip(
-                self._configurations.reference.guesses.values.T,
-                trials.guesses.values.T,
-                self._configurations.may_share_unit,
-                strict=True,
-            )
-        ]
-
     def _means(self, guesses: Guesses) -> Array:
         """The targets as the mean functions expect them, shape (n_configs, 1 + n_guesses)."""
-        means = np.zeros((len(guesses), 1 + len(self._lines)))
-        for column, line in enumerate(self._lines):
-            means[:, 1 + column] = self._transform(line(guesses.values[:, column]))
+        means = np.zeros((len(guesses), 1 + len(self._expectations)))
+        for column, expected in enumerate(self._expectations):
+            means[:, 1 + column] = self._transform(expected(guesses))
         return means
 
     def _fit_limits(

@@ -7,7 +7,7 @@ from scipy import stats
 
 from optuna_quantune.search.acquisition import log_expected_improvement
 from optuna_quantune.search.acquisition import log_probability_below
-from optuna_quantune.search.acquisition import tchebycheff
+from optuna_quantune.search.acquisition import Tchebycheff
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-2.0, 0.5), (3.0, 1.0), (8.0, 2.0)])
@@ -43,7 +43,7 @@ def test_tchebycheff_reaches_every_point_of_a_concave_front() -> None:
     angle = np.linspace(0.0, np.pi / 2, 6)
     front = np.stack([np.sin(angle), np.cos(angle)], axis=1)
     chosen = {
-        int(tchebycheff(front, np.array([w, 1.0 - w])).argmin())
+        int(Tchebycheff.fit(front, np.array([w, 1.0 - w]))(front).argmin())
         for w in np.linspace(0.001, 0.999, 2001)
     }
     assert chosen == set(range(6))
@@ -52,5 +52,5 @@ def test_tchebycheff_reaches_every_point_of_a_concave_front() -> None:
 def test_tchebycheff_prefers_a_dominating_point() -> None:
     targets = np.array([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5], [0.5, 0.6]])
     # 0.5 * 0.5 is the larger term of both; the sum decides.
-    scores = tchebycheff(targets, np.array([0.6, 0.4]))
+    scores = Tchebycheff.fit(targets, np.array([0.6, 0.4]))(targets)
     assert scores[2] < scores[3]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from optuna._hypervolume import compute_hypervolume
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from scipy.stats import spearmanr
@@ -188,3 +189,31 @@ def test_a_constraint_may_be_guessed_for_some_configurations_or_all_alike() -> N
         trial.set_constraint("b", 0.0)
         study.tell(trial, cost(trial.params))
     assert len({tuple(t.params.values()) for t in study.trials}) == 3
+
+
+@pytest.mark.parametrize("space", [SMALL, LARGE], ids=["small", "large"])
+def test_with_priors_of_two_objectives_the_first_trials_lie_on_the_front(
+    space: dict[str, BaseDistribution],
+) -> None:
+    """One value falls as knobs grow, the other rises; some knobs are worth more than others."""
+
+    def values(params: Mapping[str, Any]) -> tuple[float, float]:
+        return cost(params), -float(sum(params.values()))
+
+    def features(params: Mapping[str, Any]) -> dict[str, float]:
+        first, second = values(params)
+        return {"prior": first, "prior_2": second}
+
+    def volume(sampler: QuantuneSampler) -> float:
+        study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+        for _ in range(8):
+            trial = study.ask(dict(space))
+            study.tell(trial, values(trial.params))
+        worst = np.array([cost(dict.fromkeys(space, 3)), 0.0])
+        return float(compute_hypervolume(np.array([t.values for t in study.trials]), worst))
+
+    informed, cold = (
+        np.mean([volume(QuantuneSampler(space, features=f, seed=seed)) for seed in range(3)])
+        for f in (features, None)
+    )
+    assert informed > 1.05 * cold
