@@ -29,6 +29,7 @@ from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
@@ -49,11 +50,13 @@ class Block:
         what: The rewriting.
         shape: Of one input.
         in_float: Nodes that stay in float.
+        scheme: How it is quantized.
     """
 
     what: str
     shape: tuple[int, int, int]
     in_float: tuple[str, ...] = ()
+    scheme: Scheme = "asymmetric"
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)
     last: str = "x"
@@ -108,6 +111,7 @@ def blocks() -> list[Block]:
         _joined(),
         _maxpool(),
         _average(),
+        _cut_off(),
         _hard_swish(),
         _normalization(),
         _gelu(),
@@ -179,6 +183,18 @@ def _average() -> Block:
     return block
 
 
+def _cut_off() -> Block:
+    """An inverted residual of MobileNetV2."""
+    block = Block("Clip, scheme symmetric", (24, 56, 56), scheme="symmetric")
+    ends = [block.constant(np.array(end, np.float32)) for end in (0.0, 6.0)]
+    block.conv(144, 24)
+    block.add("Clip", *ends)
+    block.conv(144, 144, 3, group=144)
+    block.add("Clip", *ends)
+    block.conv(24, 144)
+    return block
+
+
 def _hard_swish() -> Block:
     """An inverted residual of MobileNetV3."""
     block = Block("HardSwish", (24, 28, 28))
@@ -237,7 +253,7 @@ def measure(block: Block) -> dict[str, object]:
     statistics = calibrate(
         model, ArrayInputs({"x": inputs}), required_activations(placement), sizes=("all",)
     )
-    config = QuantizationConfig(float_layers=len(block.in_float))
+    config = QuantizationConfig(scheme=block.scheme, float_layers=len(block.in_float))
     protos = [model.proto]
     for for_kernels in (False, True):
         representation = Representation(for_kernels=for_kernels)

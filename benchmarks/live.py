@@ -12,7 +12,7 @@ TASKS holds what `python -m benchmarks.export_task` wrote. For each model:
 - ``rule of thumb``: per channel, uint8 activations, MinMax, 128 inputs, no search;
 - ``random``, ``grid``, ``genetic``, ``XGBoost``: the searches of the paper with our objective, by
   `baselines`;
-- ``quantune``: this project's `tune`.
+- ``quantune``: this project's `tune`; ``quantune, extended``: the same with that space.
 
 All read the same arrays, choose by the same half of the inputs and report on the other half. Every
 step is one line in `benchmarks/results/live/steps.jsonl`, so that an interrupted run goes on. What
@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.live_report import EXTENDED
 from benchmarks.live_report import write
 from benchmarks.onnxruntime_user import grid
 from benchmarks.onnxruntime_user import kinds_of_cost
@@ -69,7 +70,10 @@ def main() -> None:
     for name in arguments.models or present:
         task = Task.load(arguments.tasks / name)
         order = sample(len(grid()) if name in arguments.full else arguments.sample)
-        steps = {"quantune": search_step(task, "quantune", arguments.trials)}
+        steps = {
+            "quantune": search_step(task, "quantune", arguments.trials),
+            EXTENDED: search_step(task, "quantune", arguments.trials, space="extended"),
+        }
         steps |= {"rule of thumb": user_step(task, "rule")}
         steps |= {
             other: search_step(task, factory, arguments.trials_others)
@@ -95,9 +99,10 @@ def user_step(task: Task, which: str) -> list[str]:
     return ["benchmarks.onnxruntime_user", str(task.folder), which]
 
 
-def search_step(task: Task, sampler: str, trials: int) -> list[str]:
+def search_step(task: Task, sampler: str, trials: int, *, space: str = "quantune") -> list[str]:
     """Command of one search."""
-    return ["benchmarks.live_search", str(task.folder), sampler, str(trials), str(SEED)]
+    options = [sampler, space, str(trials), str(SEED)]
+    return ["benchmarks.live_search", str(task.folder), *options]
 
 
 def run_step(model: str, step: str, command: list[str], memory_limit_gb: float) -> None:

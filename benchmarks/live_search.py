@@ -1,10 +1,10 @@
 """One whole `tune` on a task, with any sampler, in a process of its own.
 
-    python -m benchmarks.live_search TASK SAMPLER N_TRIALS SEED OUTPUT
+    python -m benchmarks.live_search TASK SAMPLER SPACE N_TRIALS SEED OUTPUT
 
-SAMPLER is what `tune` takes: ``quantune`` or ``baselines.genetic:create``. Nothing is cached from
-earlier runs. Prints one line of JSON: when each trial ended, in seconds from the call, with its
-value, and what the result says.
+SAMPLER and SPACE are what `tune` takes: ``quantune`` or ``baselines.genetic:create``, and a
+preset. Nothing is cached from earlier runs. Prints one line of JSON: when each trial ended, in
+seconds from the call, with its value, and what the result says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from optuna_quantune.search.pruner import CORRECT_KEY
 
 
 def main() -> None:
-    folder, sampler, n_trials, seed, output = sys.argv[1:]
+    folder, sampler, space, n_trials, seed, output = sys.argv[1:]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     task = Task.load(folder)
@@ -51,6 +51,7 @@ def main() -> None:
         calibration=calibration,
         evaluation=evaluation,
         sampler=sampler,
+        space=space,
         n_trials=int(n_trials),
         seed=int(seed),
         output=output,

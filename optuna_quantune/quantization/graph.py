@@ -8,11 +8,13 @@ messages several levels deep. Nothing here knows of quantization.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import MutableSequence
 from typing import Any
 from typing import Final
 from typing import TypeVar
 
+import numpy as np
 import onnx
 from google.protobuf.message import Message
 from numpy.typing import NDArray
@@ -136,3 +138,18 @@ def with_outputs(proto: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProt
     copy = copy_of(proto)
     refill(copy.graph.output, (onnx.ValueInfoProto(name=name) for name in names))
     return copy
+
+
+def activation_bounds(
+    node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]
+) -> tuple[float, float]:
+    """What a Relu or Clip cuts off at; infinite where it does not, or that is computed.
+
+    Args:
+        node: The Relu or Clip.
+        constants: Values of the bounds that are constants, by name.
+    """
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    low, high = (*node.input[1:3], "", "")[:2]
+    return float(constants.get(low, -np.inf)), float(constants.get(high, np.inf))

@@ -20,6 +20,9 @@ something that was seen in profiles of ONNX Runtime 1.32 on x86-64:
   all at once.
 - An integer AveragePool takes four times as long as a float one. A depthwise convolution with the
   same weight everywhere computes the same integers in a tenth of that.
+- A Relu or Clip that a symmetric range does not imply is computed in float between pairs, each a
+  pass over memory. Where both pairs have the same steps it cuts off integers: MobileNetV2 takes
+  two thirds of the time with the schemes `symmetric` and `symmetric_power2`.
 - A HardSigmoid between pairs, and so every HardSwish, is computed in float, and each of the pairs
   takes another pass over memory. It is a sum that saturates, which an integer Add does by itself
   where the ends of its steps are 0 and 1: a block of MobileNetV3 takes two thirds of the time.
@@ -44,6 +47,7 @@ from onnx import helper
 from onnx import numpy_helper
 
 from optuna_quantune.quantization.gelu import find_gelu
+from optuna_quantune.quantization.graph import activation_bounds
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import reads
@@ -109,6 +113,8 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
         if node.op_type == "Conv":
             _fill_up_channels(graph, node)
             _make_few_dense(graph, node)
+        elif node.op_type in ACTIVATION_OPS:
+            _cut_off_integers(graph, node)
     graph.write()
     used = {node.domain for node in proto.graph.node}
     if _OWN_DOMAIN in used - {opset.domain for opset in proto.opset_import}:
@@ -545,6 +551,33 @@ def _add_and_saturate(graph: _Graph, gate: onnx.NodeProto) -> None:
     graph.replace(gate, added)
     if graph.sole_reader(source.output[0]) is gate:
         graph.nodes = [node for node in graph.nodes if node is not source]
+
+
+def _cut_off_integers(graph: _Graph, activation: onnx.NodeProto) -> None:
+    """Writes a Relu or Clip between pairs of the same steps as a Clip of the integers."""
+    pair = _pair_around(graph, activation, activation.output[0])
+    given = [name for name in activation.input[1:] if name]
+    if pair is None or not graph.constants.keys() >= set(given):
+        return
+    source, quantize = pair
+    before, behind = ([graph.values(name) for name in node.input[1:]] for node in pair)
+    scale, zero_point = before
+    same = all(np.array_equal(a, b) for a, b in zip(before, behind, strict=True))
+    if not same or zero_point.dtype != behind[1].dtype or zero_point.itemsize > 1:
+        return
+    limits = np.iinfo(zero_point.dtype)
+    bounds = activation_bounds(activation, {name: graph.values(name) for name in given})
+    integers = np.clip(np.rint(bounds / scale) + zero_point, limits.min, limits.max)
+    ends = [
+        graph.add_constant(f"{activation.output[0]}__{end}", np.array(integer, zero_point.dtype))
+        for end, integer in zip(("lowest", "highest"), integers, strict=True)
+    ]
+    inputs, outputs = [source.input[0], *ends], [quantize.output[0]]
+    graph.replace(activation, [helper.make_node("Clip", inputs, outputs, name=activation.name)])
+    done = {id(quantize)}
+    if graph.sole_reader(source.output[0]) is activation:
+        done.add(id(source))
+    graph.nodes = [node for node in graph.nodes if id(node) not in done]
 
 
 def _depthwise_weight(

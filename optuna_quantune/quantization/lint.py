@@ -31,6 +31,7 @@ from onnxruntime.quantization import QuantType
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.graph import activation_bounds
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import constant_values
 from optuna_quantune.quantization.integer_only import float_nodes
@@ -648,16 +649,6 @@ def _optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
             reason = str(error).splitlines()[0]
             raise InputError(f"ONNX Runtime cannot load the quantized model ({reason})") from error
         return onnx.load(path)
-
-
-def activation_bounds(
-    node: onnx.NodeProto, constants: dict[str, NDArray[Any]]
-) -> tuple[float, float]:
-    """What a Relu or Clip cuts off at; infinite where it does not, or that is computed."""
-    if node.op_type == "Relu":
-        return 0.0, np.inf
-    low, high = (*node.input[1:3], "", "")[:2]
-    return float(constants.get(low, -np.inf)), float(constants.get(high, np.inf))
 
 
 def _layers(names: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ from optuna_quantune.quantization.digest import canonical_digest
 from optuna_quantune.quantization.fusion import fuse
 from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.gelu import find_gelus
+from optuna_quantune.quantization.graph import activation_bounds
 from optuna_quantune.quantization.graph import constant_values
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
@@ -40,7 +41,6 @@ from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.kernels import adapt
-from optuna_quantune.quantization.lint import activation_bounds
 from optuna_quantune.quantization.lint import live_weights
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer

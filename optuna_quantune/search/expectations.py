@@ -62,8 +62,17 @@ def combine(
     if len(weights) > 1:
         return _several(configurations, history.values, trials, weights)
     values = history.values[:, 0]
-    columns = range(len(configurations.may_share_unit)) if np.isfinite(values).any() else ()
-    lines = [_line_of_first(configurations, trials, values, column) for column in columns]
+    finite = np.isfinite(values)
+    lines = [
+        PriorLine.fit(reference, guess[finite], values[finite], may_share_unit=may_share_unit)
+        for reference, guess, may_share_unit in zip(
+            configurations.reference.guesses.values.T,
+            trials.guesses.values.T,
+            configurations.may_share_unit,
+            strict=True,
+        )
+        if finite.any()
+    ]
     return Combined(
         values,
         history.noise,
@@ -75,14 +84,11 @@ def combine(
 def before_trials(configurations: Configurations, guesses: Guesses, weights: Array) -> Array:
     """What the guesses alone say of configurations; less is better, float64 of shape (n,)."""
     reference = configurations.reference.guesses
-    # The last one is the best informed.
-    values, over_space = (
-        np.column_stack([part.values[:, -1], part.further]) for part in (guesses, reference)
-    )
-    known = np.array([0, *configurations.further_objectives])
-    front = Tchebycheff.fit(over_space, weights[known])
+    over_space = _best_informed(reference)
+    front = Tchebycheff.fit(over_space, weights[_guessed_objectives(configurations)])
     spread = float(np.std(front(over_space))) or 1.0
-    return first_look(front(values) / spread, guesses.limits, reference.limits)
+    values = front(_best_informed(guesses)) / spread
+    return first_look(values, guesses.limits, reference.limits)
 
 
 def _several(
@@ -90,43 +96,45 @@ def _several(
 ) -> Combined:
     transforms = [TargetTransform.fit(column) for column in values.T]
     scaled = np.column_stack([t(column) for t, column in zip(transforms, values.T, strict=True)])
-    lines: dict[int, tuple[PriorLine, Callable[[Guesses], Array]]] = {}
-    if configurations.has_guess and np.isfinite(values[:, 0]).any():
-        last = len(configurations.may_share_unit) - 1
-        line = _line_of_first(configurations, trials, values[:, 0], last)
-        lines[0] = line, lambda guesses: guesses.values[:, last]
-    reference = configurations.reference.guesses.further
-    for column, objective in enumerate(configurations.further_objectives):
+    objectives = _guessed_objectives(configurations)
+    over_space = _best_informed(configurations.reference.guesses)
+    of_trials = _best_informed(trials.guesses)
+    lines = {}
+    for column, objective in enumerate(objectives):
         finite = np.isfinite(values[:, objective])
-        if finite.any():
-            guess = trials.guesses.further[finite, column]
-            line = PriorLine.fit(reference[:, column], guess, values[finite, objective])
-            lines[objective] = line, lambda guesses, c=column: guesses.further[:, c]  # type: ignore[misc]
+        lines[objective] = PriorLine.fit(
+            over_space[:, column],
+            of_trials[finite, column],
+            values[finite, objective],
+            may_share_unit=objective > 0 or configurations.may_share_unit[-1],
+        )
 
-    def expected(guesses: Guesses) -> Array:
-        columns = np.zeros((len(guesses), values.shape[1]))  # where nothing is guessed, the middle
-        for objective, (line, guess_of) in lines.items():
-            columns[:, objective] = transforms[objective](line(guess_of(guesses)))
+    def expected(guessed: Array) -> Array:
+        columns = np.zeros((len(guessed), values.shape[1]))  # where nothing is guessed, the middle
+        for (objective, line), guess in zip(lines.items(), guessed.T, strict=True):
+            columns[:, objective] = transforms[objective](line(guess))
         return columns
 
+    if not lines:
+        return Combined(Tchebycheff.fit(scaled, weights)(scaled), np.zeros(len(values)), [], None)
     # The first trials say little of how far the objectives reach over the space.
-    reach = [scaled, expected(configurations.reference.guesses)] if lines else [scaled]
-    front = Tchebycheff.fit(np.concatenate(reach), weights)
-    expectations = [lambda guesses: front(expected(guesses))] if lines else []
-    return Combined(front(scaled), np.zeros(len(values)), expectations, None)
-
-
-def _line_of_first(
-    configurations: Configurations, trials: Described, values: Array, column: int
-) -> PriorLine:
-    """The line in one of the guesses at the first objective."""
-    finite = np.isfinite(values)
-    return PriorLine.fit(
-        configurations.reference.guesses.values[:, column],
-        trials.guesses.values[finite, column],
-        values[finite],
-        may_share_unit=configurations.may_share_unit[column],
+    front = Tchebycheff.fit(np.concatenate([scaled, expected(over_space)]), weights)
+    return Combined(
+        front(scaled),
+        np.zeros(len(values)),
+        [lambda guesses: front(expected(_best_informed(guesses)))],
+        None,
     )
+
+
+def _guessed_objectives(configurations: Configurations) -> list[int]:
+    """The objectives that there are guesses of, in the order of `_best_informed`."""
+    return [*range(configurations.has_guess), *configurations.further_objectives]
+
+
+def _best_informed(guesses: Guesses) -> Array:
+    """One guess for each objective that has some, float64 of shape (n_configs, n_guessed)."""
+    return np.concatenate([guesses.values[:, -1:], guesses.further], axis=1)
 
 
 def _on(line: PriorLine, column: int) -> Expectation:

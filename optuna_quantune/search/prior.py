@@ -18,8 +18,8 @@ from optuna_quantune.search.acquisition import log_probability_below
 
 
 # Standard deviation of a constraint around its estimate before any trial, in spreads of the
-# estimate over the space.
-_LIMIT_ERROR = 0.1
+# estimate over the half of the space that keeps it best.
+_LIMIT_ERROR = 0.25
 # How far, in spreads of the prior over the space, the trials may lie from their prior on average
 # before the prior is taken to be in another unit than the objective.
 _SAME_UNIT_DISTANCE = 1.5
@@ -136,6 +136,8 @@ def first_look(
 
 def _limit_errors(reference: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far constraints may lie from their estimates before trials tell; one for each column."""
-    spread = _LIMIT_ERROR * np.std(reference, axis=0)
+    # The worse half may be worse by orders of magnitude.
+    better = np.where(reference <= np.median(reference, axis=0), reference, np.nan)
+    spread = _LIMIT_ERROR * np.nanstd(better, axis=0)
     size = np.abs(reference).max(axis=0, initial=0.0)
     return np.where(spread > 1e-9 * size, spread, np.where(size > 0.0, size, 1.0))

@@ -70,9 +70,6 @@ class Scorer:
         score = np.zeros(len(candidates))
         for limit in self._limits:
             score += limit.log_probability(inputs, candidates.guesses)
-        if not self._any_feasible:
-            # Whatever its value, a first feasible trial is an improvement.
-            return score
         mean, std = self._surrogate.predict(inputs, self._means(candidates.guesses))
         return score + log_expected_improvement(mean, std, self._best)
 
@@ -103,11 +100,11 @@ class Scorer:
         self._expectations = combined.expectations
         self._transform = TargetTransform.fit(combined.values, combined.spread)
         targets, noise = self._transform(combined.values), combined.noise
-        self._any_feasible = bool(history.feasible.any())
         # An estimate is no result: a complete trial is what is to be improved on.
         complete = history.feasible & (history.noise == 0.0)
         eligible = complete if complete.any() else history.feasible
-        self._best = float(targets[eligible].min()) if self._any_feasible else np.nan
+        # A first feasible trial is an improvement, and the more so the better it is.
+        self._best = float(targets[eligible].min() if eligible.any() else targets.max())
         rows = _best_and_latest(targets)
         self._surrogate = Surrogate(
             _inputs(trials[rows]),

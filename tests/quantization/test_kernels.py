@@ -480,3 +480,73 @@ def test_a_few_odd_channels_that_others_read_are_multiplied_with_zeros(
     onnx.checker.check_model(written, full_check=True)
     assert groups(written)["depth"] == (1 if made_dense else channels)
     np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
+
+
+def cut_off_block(
+    *, bounds: tuple[float, float] | None = None, twice: bool = False
+) -> onnx.ModelProto:
+    """Two convolutions with a Relu, or a Clip, between them."""
+    make = helper.make_node
+    constants: dict[str, NDArray[np.generic]] = {
+        "first.weight": RNG.standard_normal((16, 12, 1, 1)).astype(np.float32),
+        "last.weight": RNG.standard_normal((6, 16, 1, 1)).astype(np.float32),
+    }
+    inputs = ["a"]
+    if bounds is not None:
+        constants |= dict(zip(("low", "high"), np.array(bounds, np.float32), strict=True))
+        inputs += ["low", "high"]
+    nodes = [
+        make("Conv", ["input", "first.weight"], ["a"], name="first"),
+        make("Relu" if bounds is None else "Clip", inputs, ["b"], name="cut"),
+        make("Conv", ["b", "last.weight"], ["c"], name="last"),
+    ]
+    if twice:
+        nodes += [
+            make("Conv", ["a", "last.weight"], ["d"], name="other"),
+            make("Add", ["c", "d"], ["e"], name="add"),
+        ]
+    return build(nodes, constants, nodes[-1].output[0])
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "symmetric_power2"])
+@pytest.mark.parametrize("bounds", [None, (0.0, 3.0), (-1.5, 2.0)])
+def test_integers_are_cut_off_where_a_symmetric_range_does_not_imply_it(
+    scheme: Any, bounds: tuple[float, float] | None, tmp_path: Path, run: Run
+) -> None:
+    plain, written = quantizers(cut_off_block(bounds=bounds), tmp_path)
+    config = QuantizationConfig(scheme=scheme)
+    before, after = plain.quantize(config).proto, written.quantize(config).proto
+    np.testing.assert_array_equal(run(after, INPUTS), run(before, INPUTS))
+    types = {tensor.name: tensor.data_type for tensor in after.graph.initializer}
+    (clip,) = (node for node in after.graph.node if node.name == "cut")
+    assert clip.op_type == "Clip"
+    assert {types[name] for name in clip.input[1:]} == {onnx.TensorProto.UINT8}
+    assert operators(after)["QuantizeLinear"] == operators(before)["QuantizeLinear"] - 1
+    found = optimized(after, tmp_path)
+    assert found["QLinearConv"] == 2
+    assert found["DequantizeLinear"] == 1  # the output
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "symmetric_power2"])
+def test_what_others_read_before_it_is_cut_off_stays(
+    scheme: Any, tmp_path: Path, run: Run
+) -> None:
+    """Where its own range has the same steps (powers of two), and where it has others."""
+    plain, written = quantizers(cut_off_block(twice=True), tmp_path)
+    config = QuantizationConfig(scheme=scheme)
+    before, after = plain.quantize(config).proto, written.quantize(config).proto
+    np.testing.assert_array_equal(run(after, INPUTS), run(before, INPUTS))
+    assert operators(after)["Clip"] == (scheme == "symmetric_power2")
+
+
+def test_what_is_cut_off_stays_in_float_where_integers_would_not_do(
+    tmp_path: Path, run: Run
+) -> None:
+    """With sixteen bits, and in a range that implies it."""
+    plain, written = quantizers(cut_off_block(), tmp_path)
+    implied = written.quantize(QuantizationConfig()).proto
+    assert not {"Clip", "Relu"} & operators(implied).keys()
+    wide = QuantizationConfig(scheme="symmetric", activation_bits=16)
+    before, after = plain.quantize(wide).proto, written.quantize(wide).proto
+    assert operators(before) == operators(after)
+    assert operators(after)["Relu"] == 1

@@ -54,12 +54,15 @@ def test_an_infeasible_neighbourhood_is_scored_down() -> None:
     assert change[near == 2].mean() < change[near == 0].mean() - 0.5
 
 
-def test_without_a_feasible_trial_the_likeliest_feasible_candidate_is_best() -> None:
-    trials = dataclasses.replace(
-        history([0, 21], [0.0, 1.0]), constraints={"size": np.array([9.0, 1.0])}
-    )
-    best = SPACE.codes[scores(trials).argmax()]
+def test_without_a_feasible_trial_both_feasibility_and_value_count() -> None:
+    limits = {"size": np.array([9.0, 1.0])}
+    alike = dataclasses.replace(history([0, 21], [1.0, 1.0]), constraints=limits)
+    best = SPACE.codes[scores(alike).argmax()]
     assert (best == SPACE.codes[0]).sum() == 0
+    differing = dataclasses.replace(history([0, 21], [0.0, 5.0]), constraints=limits)
+    change = scores(differing) - scores(alike)
+    near = (SPACE.codes == SPACE.codes[21]).sum(axis=1)
+    assert change[near == 2].mean() < change[near == 0].mean()
 
 
 def test_a_long_history_keeps_its_best_and_its_latest_trials() -> None:
