@@ -11,7 +11,8 @@ The search sees 256 calibration images that calibration did not use (of CIFAR-10
 images). The trials that a paired test cannot tell from the best are ranked by output noise. A
 trial's latency is a quick measurement; it is repeated for the best trials, from the best one down,
 until one is fast enough. That model is measured on the 1,000 labelled validation images (CIFAR-10:
-2,000 test images), and its latency once more, with one thread and with all.
+2,000 test images), and its latency five times more, with one thread and with all; the table has
+the middle one.
 
 With `--target vta`, an integer-only accelerator, the spaces are the paper's 12 configurations and
 `extended`; nothing is said of latency, which this machine's would tell nothing about.
@@ -87,6 +88,7 @@ SPACES = {"cpu": ("quantune", "extended"), "vta": ("vta", "extended")}
 MAX_LATENCY = 0.55
 SLOWER = {"shufflenetv1_0.5_g3": 0.8}
 LATENCY_REPEATS = 60
+LATENCY_ROUNDS = 5
 # Test images of CIFAR-10 that are reported on, and the ones behind them that choose.
 REPORTED, CHOOSING = 2000, 256
 # Trials whose latency is measured again.
@@ -266,11 +268,17 @@ def outputs_of(path: Path, inputs: InputSource) -> NDArray[Any]:
 def latency(
     float_path: Path, int8_path: Path, inputs: InputSource, *, threads: int | None
 ) -> tuple[float, float, float]:
-    """Ratio with its 95 % interval."""
-    sessions = [make_session(path, threads=threads) for path in (int8_path, float_path)]
-    feeds = list(inputs.bind(input_specs(sessions[0])).batches(1, np.arange(1)))
-    ratio = latency_ratio(sessions[0], sessions[1], feeds, repeats=LATENCY_REPEATS)
-    return ratio.ratio, ratio.low, ratio.high
+    """Ratio with its 95 % interval, the middle one of several measurements.
+
+    Each has sessions of its own; other work on the machine may slow one of the two models more.
+    """
+    found = []
+    for _ in range(LATENCY_ROUNDS):
+        sessions = [make_session(path, threads=threads) for path in (int8_path, float_path)]
+        feeds = list(inputs.bind(input_specs(sessions[0])).batches(1, np.arange(1)))
+        ratio = latency_ratio(sessions[0], sessions[1], feeds, repeats=LATENCY_REPEATS)
+        found.append((ratio.ratio, ratio.low, ratio.high))
+    return sorted(found)[len(found) // 2]
 
 
 def choosing(name: str, data: Path) -> InputSource:

@@ -25,7 +25,7 @@ something that was seen in profiles of ONNX Runtime 1.32 on x86-64:
   two thirds of the time with the schemes `symmetric` and `symmetric_power2`.
 - A HardSigmoid between pairs, and so every HardSwish, is computed in float, and each of the pairs
   takes another pass over memory. It is a sum that saturates, which an integer Add does by itself
-  where the ends of its steps are 0 and 1: a block of MobileNetV3 takes two thirds of the time.
+  where the ends of its steps are 0 and 1: a block of MobileNetV3 takes three quarters of the time.
 - A BatchNormalization that no convolution takes in, as behind the joined tensors of a DenseNet, is
   computed in float between pairs that turn the layout. It is a depthwise convolution of one tap.
 - A GELU that is written out reads its input twice. ONNX Runtime gives each reader a
