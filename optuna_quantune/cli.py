@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import sys
@@ -293,7 +294,14 @@ def _inputs(
         return ImageFolder(folder, labels=labels, preprocessing=recipe)
     if labels is not None or preprocessing is not None:
         raise InputError("--data: its inputs bring their own labels and preprocessing")
-    return as_input_source(import_function(data, "--data")(split))
+    function = import_function(data, "--data")
+    try:
+        inspect.signature(function).bind(split)
+    except TypeError as error:
+        raise InputError(
+            f"--data {data!r}: is called with 'calibration' or 'evaluation'; let it take that"
+        ) from error
+    return as_input_source(function(split))
 
 
 def _provider(text: str) -> Provider:

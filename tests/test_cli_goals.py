@@ -28,6 +28,10 @@ def no_data(split):
     return 5
 
 
+def everything():
+    return IMAGES
+
+
 def largest_error(outputs, reference):
     return float(np.abs(outputs - reference).max())
 
@@ -111,6 +115,7 @@ def test_quantize_and_inspect_take_own_data(call, tmp_path: Path) -> None:  # ty
         (("--metric", "own:NOT_A_FUNCTION"), "--metric 'own:NOT_A_FUNCTION': is a int"),
         (("--evaluate", "mean_logit"), "--evaluate 'mean_logit': must be module:function"),
         (("--data", "own:no_data"), "cannot take inputs from a int"),
+        (("--data", "own:everything"), "'own:everything': is called with 'calibration' or"),
         (("--calibration", "images"), "--calibration: give a folder of images, or inputs by --"),
         (("--labels", "labels.csv"), "--data: its inputs bring their own labels"),
         (("--objectives", "accuracy,speed"), "objective 'speed': use accuracy, latency, size"),
