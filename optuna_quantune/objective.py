@@ -63,6 +63,7 @@ from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.quantizer import QuantizedModel
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.search.configurations import CONSTRAINT_PRIOR
@@ -322,15 +323,16 @@ class QuantizationObjective:
             params: Parameters of a trial of `space`.
         """
         config = self.space.config(params)
-        features = self._builder.predict(config).features()
+        prediction = self._builder.predict(config)
+        features = prediction.features()
         if self.chosen_metric.of_classes:
-            features["expected_agreement"] = self._expected_agreement(config)
+            features["expected_agreement"] = self._expected_agreement(prediction)
         goals = self.goals
         wanted = {*goals.objectives}
         wanted |= {"latency"} if goals.max_latency is not None else set()
         wanted |= {"size"} if goals.max_size is not None else set()
         priors = {
-            "accuracy": self._expected(config),
+            "accuracy": self._expected(prediction),
             "latency": self._builder.predict_latency(config) if "latency" in wanted else math.nan,
             "size": self._builder.predict_size(config) if "size" in wanted else math.nan,
         }
@@ -347,16 +349,14 @@ class QuantizationObjective:
                 features[CONSTRAINT_PRIOR + name] = violation
         return features
 
-    def _expected(self, config: QuantizationConfig) -> float:
+    def _expected(self, prediction: NoisePrediction) -> float:
         """What is expected of the metric's value; without classes something that rises with it."""
         if not self.chosen_metric.of_classes:
-            sqnr_db = self._builder.predict(config).features()["predicted_sqnr_db"]
-            return self.chosen_metric.sign * sqnr_db
+            return self.chosen_metric.sign * prediction.features()["predicted_sqnr_db"]
         ceiling = 1.0 if self.metric == "agreement" else self.value(self.float_evaluation)
-        return ceiling * self._expected_agreement(config)
+        return ceiling * self._expected_agreement(prediction)
 
-    def _expected_agreement(self, config: QuantizationConfig) -> float:
-        prediction = self._builder.predict(config)
+    def _expected_agreement(self, prediction: NoisePrediction) -> float:
         return self._agreement.expected(prediction.confusion, prediction.highest_output)
 
     def value(self, evaluation: Evaluation) -> float:
@@ -453,7 +453,7 @@ class QuantizationObjective:
     def _climb(self, trial: Trial, model: bytes, ladder: Ladder) -> Measurement:
         """Runs a trial's model up the ladder until it is certain enough, or pruned."""
         reports = self.goals.is_single
-        prior = self._expected(self.space.config(trial.params))
+        prior = self._expected(self._builder.predict(self.space.config(trial.params)))
         rungs = [[0, prior, 0.0, 1.0]]  # a prediction promises nothing
         if reports:
             trial.report(prior, step=0)
@@ -507,7 +507,9 @@ class QuantizationObjective:
                 f"least {SMALLEST_RACE} evaluation inputs"
             )
         if inputs == 0:
-            return Interval(self._expected(self.space.config(params)), 0.0, 1.0)
+            return Interval(
+                self._expected(self._builder.predict(self.space.config(params))), 0.0, 1.0
+            )
         first, *others = looks(len(self.evaluation))
         if inputs is not None and inputs < first:
             raise InputError(f"inputs: {inputs} is less than the {first} of the first rung")
