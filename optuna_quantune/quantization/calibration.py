@@ -280,14 +280,14 @@ class _Counting:
 
     def _add(self, observations: Sequence[Observation], inputs: int) -> None:
         for seen in observations:
-            counter = self._current[seen.tensor]
-            counter.add(seen.sample, weight=seen.weight)
-            counter.add(seen.tails)
-            if not counter.finite:
+            if not seen.finite:
                 raise InputError(
                     f"activation {seen.tensor!r}: not finite for some calibration input; "
                     "check the preprocessing and the float model"
                 )
+            counter = self._current[seen.tensor]
+            counter.add(seen.sample, weight=seen.weight)
+            counter.add(seen.tails)
         self.done += inputs
 
 

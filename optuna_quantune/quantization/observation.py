@@ -38,8 +38,9 @@ from optuna_quantune.quantization.session import make_session
 # The widest block of channels that ONNX Runtime has; others divide it.
 _BLOCK: Final = 16
 # Values that are compared at a time: their marks stay in the processor's cache.
-_PIECE: Final = 1 << 17
+_PIECE: Final = 1 << 19
 _WORD: Final = 8
+_ALL: Final = np.ones(_WORD, dtype=np.bool_).view(np.uint64)[0]
 # Operators without negative outputs, and those whose outputs are not negative where their inputs
 # are not.
 _NEVER_NEGATIVE: Final = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax"})
@@ -79,6 +80,12 @@ class Observation:
     sample: NDArray[np.float32]
     weight: int
     tails: NDArray[np.float32]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all values of the activation are finite."""
+        parts = (self.tails, self.sample) if self.weight == 1 else (self.tails,)
+        return all(bool(np.isfinite(part).all()) for part in parts)
 
 
 class Observer:
@@ -157,7 +164,7 @@ def _observed(
         inside = _inside(piece, bounds)
         every = slice((offset - start) % step, None, step)
         samples.append(piece[every][inside[every]])
-        tails.append(_chosen(piece, np.logical_not(inside, out=inside)))
+        tails.append(_outside(piece, inside))
     return Observation(tensor, np.concatenate(samples), step, np.concatenate(tails))
 
 
@@ -169,14 +176,14 @@ def _inside(values: NDArray[np.float32], bounds: Bounds) -> NDArray[np.bool_]:
     return inside
 
 
-def _chosen(values: NDArray[np.float32], marks: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The few values that are marked."""
+def _outside(values: NDArray[np.float32], inside: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The few values that are not marked."""
     whole = values.size // _WORD * _WORD
-    # Eight marks are looked at together: most of the time is spent on those that are not set.
-    words = np.flatnonzero(marks[:whole].view(np.uint64) != 0)
+    # Eight marks are looked at together: most of the time is spent where all are set.
+    words = np.flatnonzero(inside[:whole].view(np.uint64) != _ALL)
     near = values[:whole].reshape(-1, _WORD).take(words, axis=0)
-    kept = marks[:whole].reshape(-1, _WORD).take(words, axis=0)
-    return np.concatenate([near[kept], values[whole:][marks[whole:]]])
+    marks = inside[:whole].reshape(-1, _WORD).take(words, axis=0)
+    return np.concatenate([near[~marks], values[whole:][~inside[whole:]]])
 
 
 def _look_inside(

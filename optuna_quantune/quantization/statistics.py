@@ -135,7 +135,8 @@ class Accumulator:
         self._zero = 0
         self._bins = np.zeros((2, _WIDTH), dtype=np.int64)
         self._zeros = 0
-        self._pending: dict[int, list[NDArray[np.float32]]] = {}
+        # By weight, with their number.
+        self._pending: dict[int, tuple[list[NDArray[np.float32]], int]] = {}
         self._minimum, self._maximum = float("inf"), -float("inf")
         if counts is not None:
             self.add_counts(counts)
@@ -149,10 +150,10 @@ class Accumulator:
         """
         if values.size == 0:
             return
-        self._extend(values.min(), values.max())
-        pending = self._pending.setdefault(weight, [])
-        pending.append(values.reshape(-1))
-        if sum(part.size for part in pending) >= _PENDING:
+        parts, size = self._pending.get(weight, ([], 0))
+        parts.append(values.reshape(-1))
+        self._pending[weight] = parts, size + values.size
+        if size + values.size >= _PENDING:
             self._count(weight)
 
     def add_counts(self, counts: Counts) -> None:
@@ -167,7 +168,7 @@ class Accumulator:
 
     def counts(self) -> Counts:
         """Everything counted so far; empty bins are left out."""
-        for weight in self._pending:
+        for weight in list(self._pending):
             self._count(weight)
         positive, negative = (np.flatnonzero(side) for side in self._bins)
         zero = np.flatnonzero([self._zeros])
@@ -193,11 +194,9 @@ class Accumulator:
             self._zero = zero
 
     def _count(self, weight: int) -> None:
-        pending = self._pending[weight]
-        if not pending:
-            return
-        values = pending[0] if len(pending) == 1 else np.concatenate(pending)
-        pending.clear()
+        parts, _ = self._pending.pop(weight)
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self._extend(values.min(), values.max())
         for start in range(0, values.size, _PIECE):
             bits = values[start : start + _PIECE].view(np.uint32)
             places = (bits >> _SHIFT) & (_SIGN - 1)
@@ -208,8 +207,3 @@ class Accumulator:
             counts = np.bincount(places, minlength=2 * (_WIDTH + 1)).reshape(2, -1)
             self._zeros += weight * int(counts[:, 0].sum())
             self._bins += weight * counts[:, 1:]
-
-    @property
-    def finite(self) -> bool:
-        """Whether all values so far were finite."""
-        return bool(np.isfinite(self._minimum) and np.isfinite(self._maximum))

@@ -117,13 +117,3 @@ def test_counting_goes_on_from_counts() -> None:
     expected = counts_of(np.concatenate([first, second]))
     np.testing.assert_array_equal(accumulator.counts().counts, expected.counts)
     assert accumulator.counts().minimum == expected.minimum
-
-
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_what_is_not_finite_is_noticed(value: float) -> None:
-    accumulator = Accumulator()
-    accumulator.add(np.array([0.5, -0.5], dtype=np.float32))
-    assert accumulator.finite
-    accumulator.add(np.array([0.5, value, -0.5], dtype=np.float32))
-    accumulator.add(np.array([0.5, -0.5], dtype=np.float32))
-    assert not accumulator.finite
