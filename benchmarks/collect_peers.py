@@ -1,11 +1,12 @@
 """Measures what the peers made, and writes the comparison.
 
-    python -m benchmarks.collect_peers TASKS RUNS
+    python -m benchmarks.collect_peers [TASKS RUNS]
 
 RUNS is where the scripts of `benchmarks/peers` left their models and records. Every model is
 measured on the inputs that nothing was chosen by, with its latency beside the float model's. The
 means over models have `tune` and the rule of thumb of `benchmarks.live` beside them, which has the
-same models, inputs and splits. Results go to `benchmarks/results/peers/`.
+same models, inputs and splits. Results go to `benchmarks/results/peers/`; without TASKS and RUNS
+what was measured before is put together with the present results of `benchmarks.live`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pandas as pd
 
 from benchmarks import machine
 from benchmarks.finished_model import describe
+from benchmarks.live_report import EXTENDED
 from benchmarks.peers.task import Task
 
 
@@ -30,20 +32,32 @@ LIVE = Path(__file__).parent / "results" / "live" / "summary.csv"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks", type=Path)
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("folders", type=Path, nargs="*", metavar="TASKS RUNS")
     arguments = parser.parse_args()
+    if len(arguments.folders) not in (0, 2):
+        parser.error("give TASKS and RUNS, or nothing")
+    records = measured(*arguments.folders) if arguments.folders else known()
+    write(records, RESULTS, pd.read_csv(LIVE))
+
+
+def measured(tasks: Path, runs: Path) -> list[dict[str, Any]]:
+    """What the peers left, with their models measured."""
     records = []
-    for path in sorted(arguments.runs.glob("*.json")):
-        record = json.loads(path.read_text())
+    for path in sorted(runs.glob("*.json")):
+        record = json.loads(path.read_text()) | {"machine": machine.describe()}
         model = path.with_suffix(".onnx")
         if model.is_file():
             try:
-                record |= describe(Task.load(arguments.tasks / record["model"]), model)
+                record |= describe(Task.load(tasks / record["model"]), model)
             except Exception as error:  # such as operators that ONNX Runtime does not have
                 record["ended"] += f"; its model does not run here ({error})"[:300]
         records.append(record)
-    write(records, RESULTS, pd.read_csv(LIVE))
+    return records
+
+
+def known() -> list[dict[str, Any]]:
+    """What was measured before."""
+    return [json.loads(line) for line in (RESULTS / "runs.jsonl").read_text().splitlines()]
 
 
 def write(records: list[dict[str, Any]], folder: Path, live: pd.DataFrame) -> None:
@@ -61,7 +75,7 @@ def write(records: list[dict[str, Any]], folder: Path, live: pd.DataFrame) -> No
         "# Peers",
         "",
         "`python -m benchmarks.collect_peers TASKS RUNS`;",
-        f"{machine.as_markdown(machine.describe())}.",
+        f"{machine.of_all(records)}.",
         "The runs of `benchmarks/peers`, each in its own environment.",
         "",
         "`best`: top-1 accuracy on the inputs that it chose by; `at`: seconds until that model",
@@ -110,7 +124,11 @@ def overall(records: list[dict[str, Any]], live: pd.DataFrame) -> list[str]:
             "whole_seconds": "seconds",
         }
     )
-    names = {"quantune": "`tune`, preset `quantune`", "rule of thumb": "rule of thumb"}
+    names = {
+        "quantune": "`tune`, preset `quantune`",
+        EXTENDED: "`tune`, preset `extended`, no bound on latency",
+        "rule of thumb": "rule of thumb",
+    }
     ours = ours[ours["method"].isin(names)].replace({"method": names})
     rows = []
     for method, chosen in pd.concat([ours, found]).groupby("method", sort=False):

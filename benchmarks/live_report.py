@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from benchmarks import machine
 from benchmarks import tables
 from benchmarks.onnxruntime_user import grid
 from benchmarks.onnxruntime_user import kinds_of_cost
@@ -98,16 +99,12 @@ def write(folder: Path, task_folder: Path) -> None:
         ]
     frame = pd.DataFrame(rows)
     frame.to_csv(folder / "summary.csv", index=False, float_format="%.5g")
-    machines = {json.dumps(line["machine"]): line["machine"] for line in lines}
-    heads = [
-        ", ".join(f"{k} {v}" for k, v in description.items()) for description in machines.values()
-    ]
     loads = [line["load_before"] for line in lines]
     text = [
         "# Wall clock of the whole job",
         "",
         f"`{' '.join(['python -m benchmarks.live TASKS', *sys.argv[2:]])}`;",
-        f"{'; '.join(heads)}. Load of",
+        f"{machine.of_all(lines)}. Load of",
         f"the machine before a step: {min(loads):.1f} to {max(loads):.1f}.",
         "",
         "`whole`: seconds of everything, calibration and the final report included. `close`:",

@@ -6,7 +6,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 PACKAGES = ("onnxruntime", "onnx", "optuna", "xgboost-cpu", "numpy", "optuna-quantune")
@@ -33,6 +36,15 @@ def describe() -> dict[str, str]:
 def as_markdown(description: dict[str, str]) -> str:
     """One line for the head of a result."""
     return ", ".join(f"{name} {value}" for name, value in description.items())
+
+
+def of_all(records: Iterable[Mapping[str, Any]]) -> str:
+    """The machines that measurements were made on, each once, for the head of a result.
+
+    Args:
+        records: Each with what `describe` gave under ``machine``.
+    """
+    return "; ".join(dict.fromkeys(as_markdown(record["machine"]) for record in records))
 
 
 def _cpu_info() -> str:

@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
 from benchmarks import collect_peers
 from benchmarks import export_task
 from benchmarks import finished_model
+from benchmarks import machine
 from benchmarks import onnxruntime_user
 from benchmarks.peers.peer_run import BudgetSpent
 from benchmarks.peers.peer_run import installed_mb
@@ -130,14 +131,15 @@ def test_a_record_becomes_a_row(task: Task, quantized: bytes, tmp_path: Path) ->
     records = [json.loads(p.read_text()) for p in sorted((tmp_path / "runs").glob("*.json"))]
     assert [record["peer"] for record in records] == ["broken", "tool"]
     records[1] |= finished_model.describe(task, run.model)
+    records = [record | {"machine": machine.describe()} for record in records]
     live = pd.DataFrame(
         {
-            "model": ["toy", "toy", "other"],
-            "method": ["quantune", "random", "quantune"],
-            "held_out_points": [-0.5, 0.0, 0.0],
-            "agreement": [0.9, 0.8, 0.8],
-            "latency_ratio": [0.5, 0.6, 0.6],
-            "whole_seconds": [7.0, 8.0, 8.0],
+            "model": ["toy", "toy", "other", "toy"],
+            "method": ["quantune", "random", "quantune", "quantune, extended"],
+            "held_out_points": [-0.5, 0.0, 0.0, 0.25],
+            "agreement": [0.9, 0.8, 0.8, 0.95],
+            "latency_ratio": [0.5, 0.6, 0.6, 0.75],
+            "whole_seconds": [7.0, 8.0, 8.0, 9.0],
         }
     )
     collect_peers.write(records, tmp_path / "results", live)
@@ -145,6 +147,7 @@ def test_a_record_becomes_a_row(task: Task, quantized: bytes, tmp_path: Path) ->
     assert f"| tool | 1 | {records[1]['seconds']:.0f} | {accuracy:.4f} |" in text
     assert "ValueError: a / b |" in text
     assert "| `tune`, preset `quantune` | 1 | -0.50 | -0.5 | 0.900 | 0.900 | 0.50 | 7 |" in text
+    assert "latency | 1 | 0.25 | 0.2 | 0.950 | 0.950 | 0.75 | 9 |" in text
     assert "| random |" not in text
     assert (tmp_path / "results" / "toy.png").is_file()
     assert records[1]["versions"] == {"numpy": np.__version__}
