@@ -106,6 +106,8 @@ def blocks() -> list[Block]:
     """A block for each rewriting."""
     return [
         _groups(),
+        _narrow_groups("groups of 4", (256, 28, 28), 128, 4),
+        _narrow_groups("groups of 8", (208, 14, 14), 208, 8),
         _channels(),
         _few_channels(),
         _joined(),
@@ -129,6 +131,17 @@ def _groups() -> Block:
     block.add("Reshape", block.constant(np.array([-1, 60, 14, 14])))
     block.conv(60, 60, 3, group=60)
     block.conv(240, 60, group=3)
+    return block
+
+
+def _narrow_groups(what: str, shape: tuple[int, int, int], channels: int, width: int) -> Block:
+    """A bottleneck of ResNeXt-50 (groups of 4), or of RegNetY-400MF (groups of 8)."""
+    block = Block(what, shape)
+    block.conv(channels, shape[0])
+    block.add("Relu")
+    block.conv(channels, channels, 3, group=channels // width)
+    block.add("Relu")
+    block.conv(shape[0], channels)
     return block
 
 

@@ -52,6 +52,9 @@ NODES: dict[str, Callable[[Block, int], str]] = {
     "Conv 3x3, depthwise": lambda block, channels: block.conv(
         channels, channels, 3, group=channels
     ),
+    "Conv 3x3, groups of 8": lambda block, channels: block.conv(
+        channels, channels, 3, group=channels // 8
+    ),
     "Conv 1x1, Clip": lambda block, channels: _clipped(block, channels),
     "Add": lambda block, _: block.add("Add", "first"),
 }

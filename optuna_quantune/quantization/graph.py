@@ -101,6 +101,11 @@ def attribute_of(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     return next(found, default)
 
 
+def groups_of(conv: onnx.NodeProto) -> int:
+    """The groups of a convolution's channels."""
+    return int(attribute_of(conv, "group", 1))
+
+
 def constant_values(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
     """The values of all initializers, and of Constant nodes that hold a tensor, by name."""
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -16,9 +16,8 @@ from typing import Literal
 import numpy as np
 import onnx
 
+from optuna_quantune.quantization.graph import groups_of
 from optuna_quantune.quantization.graph import tensor_shapes
-from optuna_quantune.quantization.kernels import groups_of
-from optuna_quantune.quantization.kernels import MOST_GROUPS
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 
@@ -28,6 +27,10 @@ Kind = Literal["float", "int8"]
 _NODE: Final = {"float": 1.5e3, "int8": 3.5e3}
 _MULTIPLICATION: Final = {"float": 0.014, "int8": 0.0027}
 _DEPTHWISE: Final = {"float": 0.012, "int8": 0.028}
+# Channels that the depthwise kernels take at once. The float one is not used for other numbers of
+# them, and integer ones are filled up (`kernels.py`).
+CHANNELS_AT_ONCE: Final = {"float": 4, "int8": 16}
+_ODD_DEPTHWISE: Final = 0.2
 _WEIGHT: Final = {"float": 0.35, "int8": 0.15}
 _VALUE: Final = {"float": 0.25, "int8": 0.15}
 # A Clip is a pass of its own over float values; integers are cut off where they are rounded.
@@ -39,6 +42,13 @@ _FAR_VALUE: Final = {"float": 0.15, "int8": 0.0}
 # are few channels a tap takes as long as many would. (The float one has a kernel for those.)
 _COPIED_TAP: Final = {"few": 4.0, "many": 2.6, "depthwise": 1.2}
 _FEW_CHANNELS: Final = 4
+# Groups are gone through one by one; with integers each makes up a whole number of the channels
+# that are multiplied at once. The float convolution has a kernel for groups in sixteens and copies
+# the input of others.
+_GROUP: Final = 4.0
+_AT_ONCE: Final = {"outputs": 16, "inputs": 4}
+_BLOCK: Final = 16
+_COPIED_VALUE: Final = 0.5
 # Quantizing or dequantizing changes the layout, too.
 _CONVERSION: Final = 5e3
 _CONVERTED_VALUE: Final = 0.6
@@ -80,16 +90,50 @@ def node_time(
         return time + _MULTIPLICATION["float"] * weight.size * _count(read[1:])
     if node.op_type != "Conv":
         return time + _MULTIPLICATION[kind] * weight.size * _count(written[:-1])
-    places = _count(written[1:])
-    groups = groups_of(node)
+    places, taps, groups = _count(written[1:]), _count(weight.shape[2:]), groups_of(node)
     if weight.shape[1] == 1 < groups:
-        channels, multiplications = "depthwise", _DEPTHWISE[kind] * weight.size
-    else:
+        odd = kind == "float" and len(weight) % CHANNELS_AT_ONCE[kind] != 0
+        time += (_ODD_DEPTHWISE if odd else _DEPTHWISE[kind]) * weight.size * places
+        return time + (_COPIED_TAP["depthwise"] * taps * places if kind == "int8" else 0.0)
+    if kind == "int8" and groups > 1:
+        return (
+            time
+            + _groups_time(weight.shape, groups, fastest_groups(weight.shape, groups)) * places
+        )
+    time += _MULTIPLICATION[kind] * weight.size * places
+    if kind == "int8":
         channels = "few" if read and read[0] <= _FEW_CHANNELS else "many"
-        times = groups if kind == "int8" and groups <= MOST_GROUPS else 1  # it is made dense
-        multiplications = _MULTIPLICATION[kind] * weight.size * times
-    copied = _COPIED_TAP[channels] * _count(weight.shape[2:]) if kind == "int8" else 0.0
-    return time + (multiplications + copied) * places
+        return time + _COPIED_TAP[channels] * taps * places
+    if (
+        groups > 1
+        and taps > 1
+        and any(n % _BLOCK for n in (len(weight) // groups, weight.shape[1]))
+    ):
+        time += _COPIED_VALUE * taps * weight.shape[1] * groups * places
+    return time
+
+
+def fastest_groups(shape: Sequence[int], groups: int) -> int:
+    """The number of groups with which an integer convolution takes the least time.
+
+    Zeros between some groups make them one: wider ones are multiplied in fewer steps, but more is
+    multiplied.
+
+    Args:
+        shape: Of the weight: output channels, input channels of a group, taps.
+        groups: How many there are; one of its divisors is returned.
+    """
+    divisors = [n for n in range(1, groups + 1) if groups % n == 0]
+    return min(divisors, key=lambda left: _groups_time(shape, groups, left))
+
+
+def _groups_time(shape: Sequence[int], groups: int, left: int) -> float:
+    """Nanoseconds at each place that an integer convolution takes with `left` of its groups."""
+    taps = _count(shape[2:])
+    outputs = -(-shape[0] // left // _AT_ONCE["outputs"]) * _AT_ONCE["outputs"]
+    inputs = -(-shape[1] * groups // left // _AT_ONCE["inputs"]) * _AT_ONCE["inputs"]
+    multiplications = _MULTIPLICATION["int8"] * outputs * inputs
+    return left * (_GROUP + (_COPIED_TAP["many"] + multiplications) * taps)
 
 
 def conversion_time(values: float) -> float:

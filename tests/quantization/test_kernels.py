@@ -142,25 +142,66 @@ def test_a_shuffle_becomes_an_order_of_weights_and_changes_nothing(
     np.testing.assert_allclose(run(written, INPUTS), run(plain, INPUTS), atol=tolerance)
 
 
-@pytest.mark.parametrize(("channels", "left"), [(32, 2), (12, 1)])
-def test_a_float_convolution_keeps_groups_only_where_they_fill_blocks(
+@pytest.mark.parametrize(("channels", "left"), [(12, 2), (10, 1)])
+def test_a_float_convolution_keeps_its_groups_unless_odd_channels_stand_before_it(
     channels: int, left: int, run: Run
 ) -> None:
-    make = helper.make_node
-    weights = {
-        "first.weight": RNG.standard_normal((channels, 12, 1, 1)).astype(np.float32),
-        "grouped.weight": RNG.standard_normal((channels, channels // 2, 3, 3)).astype(np.float32),
-        "grouped.bias": RNG.standard_normal(channels).astype(np.float32),
+    make, rng = helper.make_node, np.random.default_rng(4)
+    shapes = {
+        "first.weight": (channels, 12, 1, 1),
+        "depth.weight": (channels, 1, 3, 3),
+        "grouped.weight": (8, channels // 2, 3, 3),
+        "grouped.bias": (8,),
     }
+    weights = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
     nodes = [
         make("Conv", ["input", "first.weight"], ["a"], name="first"),
-        make("Conv", ["a", "grouped.weight", "grouped.bias"], ["b"], name="grouped", group=2),
+        make("Conv", ["a", "depth.weight"], ["b"], name="depth", group=channels),
+        make("Conv", ["b", "grouped.weight", "grouped.bias"], ["c"], name="grouped", group=2),
     ]
-    model = build(nodes, weights, "b")
+    model = build(nodes, weights, "c")
     expected = run(model, INPUTS)
     adapt(model, {"input": (1, 12, 8, 8)})
-    assert groups(model)["grouped"] == left
-    np.testing.assert_allclose(run(model, INPUTS), expected, atol=1e-3)
+    # The float kernel takes channels by fours.
+    assert groups(model) == {"first": 1, "depth": 12, "grouped": left}
+    np.testing.assert_allclose(run(model, INPUTS), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(
+    ("channels", "before", "left", "size"),
+    [(64, 32, 2, 3), (96, 24, 3, 3), (24, 3, 1, 1), (160, 2, 2, 1)],
+)
+def test_narrow_groups_of_integers_become_fewer_and_change_nothing(
+    channels: int,
+    before: int,
+    left: int,
+    size: int,
+    granularity: str,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    make, rng = helper.make_node, np.random.default_rng(4)
+    shapes = {
+        "first.weight": (channels, 12, 1, 1),
+        "grouped.weight": (channels, channels // before, size, size),
+        "grouped.bias": (channels,),
+    }
+    weights = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+    nodes = [
+        make("Conv", ["input", "first.weight"], ["a"], name="first"),
+        make("Relu", ["a"], ["b"], name="relu"),
+        make("Conv", ["b", "grouped.weight", "grouped.bias"], ["c"], name="grouped", group=before),
+    ]
+    config = QuantizationConfig(granularity=granularity)  # type: ignore[arg-type]
+    plain, written = (
+        quantizer.quantize(config).proto
+        for quantizer in quantizers(build(nodes, weights, "c"), tmp_path)
+    )
+    onnx.checker.check_model(written)
+    assert groups(plain)["grouped"] == before
+    assert groups(written)["grouped"] == left
+    np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
 
 
 def test_a_shuffle_whose_input_is_read_elsewhere_stays(tmp_path: Path, run: Run) -> None:
@@ -486,10 +527,12 @@ def cut_off_block(
     *, bounds: tuple[float, float] | None = None, twice: bool = False
 ) -> onnx.ModelProto:
     """Two convolutions with a Relu, or a Clip, between them."""
-    make = helper.make_node
+    # With these the first convolution's largest magnitude is negative, and less than twice the
+    # largest positive value.
+    make, rng = helper.make_node, np.random.default_rng(2)
     constants: dict[str, NDArray[np.generic]] = {
-        "first.weight": RNG.standard_normal((16, 12, 1, 1)).astype(np.float32),
-        "last.weight": RNG.standard_normal((6, 16, 1, 1)).astype(np.float32),
+        "first.weight": rng.standard_normal((16, 12, 1, 1)).astype(np.float32),
+        "last.weight": rng.standard_normal((6, 16, 1, 1)).astype(np.float32),
     }
     inputs = ["a"]
     if bounds is not None:
