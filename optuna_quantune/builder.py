@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,11 @@ class Builder:
             if config.float_layers:
                 self._noise(equalized=config.equalization)  # what the order of layers rests on
             quantizer = self.quantizer(equalized=config.equalization)
-            weights = quantizer.model.weights
             placement = quantizer.placement(quantizer.float_layers(config), config.fusion)
-            layers = {layer.weight for layer in quantizer.model.layers}
-            shrunk = layers.intersection(site.tensor for site in placement.constants)
-            saved = sum(weights[name].nbytes - weights[name].size for name in shrunk)
-            return self._model.path.stat().st_size - saved
+            stored = {site.tensor for site in placement.constants if site.kind != "bias"}
+            # A byte for each value instead of four.
+            size: int = self._model.proto.ByteSize()
+            return size - 3 * sum(self._values[name] for name in stored)
 
     def quantizer(self, *, equalized: bool) -> Quantizer:
         """Builds configurations with or without equalization; the first use calibrates."""
@@ -125,6 +125,11 @@ class Builder:
             if equalized not in self._quantizers:
                 self._quantizers[equalized] = self._make_quantizer(equalized=equalized)
             return self._quantizers[equalized]
+
+    @cached_property
+    def _values(self) -> dict[str, int]:
+        """The number of values of each constant."""
+        return {t.name: math.prod(t.dims) for t in self._model.proto.graph.initializer}
 
     def _make_quantizer(self, *, equalized: bool) -> Quantizer:
         model = equalize(self._model, self._calibration) if equalized else self._model

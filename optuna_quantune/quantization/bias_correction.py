@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from onnx import numpy_helper
 
+from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.calibration import CalibrationInputs
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import with_outputs
@@ -127,6 +128,10 @@ class BiasCorrection:
         for feed in self._inputs.batches(batch, np.arange(number)):
             size = len(next(iter(feed.values())))
             means = session.run(names, feed)
+            if any(s.size > 1 and s.shape != m.shape for s, m in zip(sums, means, strict=True)):
+                raise InputError(
+                    "knob 'bias_correction': needs calibration inputs of one shape; leave it out"
+                )
             sums = [total + size * mean for total, mean in zip(sums, means, strict=True)]
         return {
             layer.name: (total / number).astype(np.float32)

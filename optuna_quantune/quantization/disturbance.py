@@ -304,7 +304,11 @@ class _Part:
         tensor, error = disturbance.tensor, disturbance.error
         feed = {name: values[name] for name in self.inputs}
         feed |= {_error(name): np.zeros(1, dtype=np.float32) for name in self.added}
-        feed |= {_error(tensor): error} if tensor in self.added else {tensor: feed[tensor] + error}
+        feed |= (
+            {_error(tensor): error}
+            if tensor in self.added
+            else {tensor: np.asarray(feed[tensor] + error)}
+        )
         results = dict(zip(self.written, self.session.run(self.written, feed), strict=True))
         # An output that is written before the cut changes only if it is what is disturbed.
         return [results.get(name, feed.get(name, values[name])) for name in names]

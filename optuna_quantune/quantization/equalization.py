@@ -152,9 +152,10 @@ def link_channels(model: FloatModel) -> ChannelLinks:
             result = written[node.name].reshape(1, -1, *[1] * (rank - 2))
         else:
             result = _passed_on(node, operands, shapes, joined)
+        channels |= {name: _fixed(shapes.get(name)) for name in node.output[1:]}
         channels[node.output[0]] = result
     for output in graph.output:
-        joined.join(channels[output.name], np.array(_FIXED))
+        joined.join(channels.get(output.name, np.array(_FIXED)), np.array(_FIXED))
     return ChannelLinks(
         joined.count,
         {name: joined.roots(numbers) for name, numbers in written.items()},
@@ -201,6 +202,8 @@ def _passed_on(
 ) -> Channels:
     """The channels of a node's output. Operands that it does not pass on keep the factor 1."""
     if node.op_type in _HOMOGENEOUS_OPS:
+        for slope in operands[1:]:  # of a PRelu, where it is computed
+            joined.join(slope, np.array(_FIXED))
         return operands[0]
     if node.op_type == "Add" and len(operands) == 2 and operands[0].shape == operands[1].shape:
         joined.join(*operands)

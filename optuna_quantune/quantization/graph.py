@@ -147,8 +147,8 @@ def with_outputs(proto: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProt
 
 def activation_bounds(
     node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]
-) -> tuple[float, float]:
-    """What a Relu or Clip cuts off at; infinite where it does not, or that is computed.
+) -> tuple[float, float] | None:
+    """What a Relu or Clip cuts off at, infinite where it does not; None where that is computed.
 
     Args:
         node: The Relu or Clip.
@@ -156,5 +156,9 @@ def activation_bounds(
     """
     if node.op_type == "Relu":
         return 0.0, np.inf
-    low, high = (*node.input[1:3], "", "")[:2]
-    return float(constants.get(low, -np.inf)), float(constants.get(high, np.inf))
+    ends = []
+    for name, unbounded in zip((*node.input[1:3], "", ""), (-np.inf, np.inf), strict=False):
+        if name and name not in constants:
+            return None
+        ends.append(float(constants[name]) if name else unbounded)
+    return ends[0], ends[1]

@@ -31,6 +31,7 @@ _MOVING: Final = frozenset(
         "DepthToSpace",
         "Flatten",
         "Gather",
+        "GlobalMaxPool",
         "Identity",
         "MaxPool",
         "Pad",
@@ -161,7 +162,13 @@ class _Graph:
         )
 
     def _averaged(self, node: onnx.NodeProto) -> int | None:
-        """How many values a mean is taken of; None if that is not known."""
+        """How many values a mean is taken of; None if that is not known, or changes."""
+        padded = any(attribute_of(node, "pads", ())) and not attribute_of(
+            node, "count_include_pad"
+        )
+        same = attribute_of(node, "auto_pad", b"NOTSET").startswith(b"SAME")
+        if padded or same or attribute_of(node, "ceil_mode"):
+            return None
         shape = self._shapes.get(node.input[0])
         window = attribute_of(node, "kernel_shape", None if shape is None else shape[2:])
         return None if window is None else int(np.prod(window)) or None

@@ -39,6 +39,7 @@ something that was seen in profiles of ONNX Runtime 1.32 on x86-64:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import Final
 
@@ -51,6 +52,7 @@ from onnx import numpy_helper
 from optuna_quantune.quantization.gelu import find_gelu
 from optuna_quantune.quantization.graph import activation_bounds
 from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import groups_of
 from optuna_quantune.quantization.graph import reads
@@ -69,7 +71,7 @@ MOST_GROUPS: Final = 8
 _FEW_CHANNELS: Final = 20
 _EIGHT: Final = 8
 # Of ONNX Runtime's own operators.
-_OWN_DOMAIN: Final = "com.microsoft"
+OWN_DOMAIN: Final = "com.microsoft"
 _LRN_EXPONENT: Final = 0.75
 _LARGEST_WEIGHT: Final = 127
 _LEAST_SCALE: Final = 1e-20
@@ -90,7 +92,7 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
         shapes: Shapes of float tensors for one input (the batch axis counts 1), as far as known.
     """
     graph = _Graph(proto.graph)
-    for node in proto.graph.node:
+    for node in graph.left():
         if node.op_type == "Conv":
             _merge_groups(graph, node)
         elif node.op_type == "MaxPool":
@@ -105,12 +107,12 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
             _take_square_roots(graph, node, shapes)
         elif node.op_type == "Erf":
             _collapse_gelu(graph, node)
-    for node in proto.graph.node:
+    for node in graph.left():
         if node.op_type == "Reshape":
             _absorb_shuffle(graph, node, shapes)
         elif node.op_type == "DequantizeLinear":
             _put_channels_last(graph, node, shapes)
-    for node in proto.graph.node:
+    for node in graph.left():
         if node.op_type == "Conv":
             _fill_up_channels(graph, node)
             _make_few_dense(graph, node)
@@ -118,18 +120,23 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
             _cut_off_integers(graph, node)
     graph.write()
     used = {node.domain for node in proto.graph.node}
-    if _OWN_DOMAIN in used - {opset.domain for opset in proto.opset_import}:
-        proto.opset_import.append(helper.make_opsetid(_OWN_DOMAIN, 1))
+    if OWN_DOMAIN in used - {opset.domain for opset in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(OWN_DOMAIN, 1))
 
 
 class _Graph(GraphView):
-    """A view that changes are made in; the graph itself changes when they are written."""
+    """A view that follows the changes made through it; the graph itself changes when written."""
 
     def __init__(self, proto: onnx.GraphProto) -> None:
         super().__init__(proto)
         self._proto = proto
-        self.nodes = list(proto.node)
+        self._nodes = list(proto.node)
         self.reshaped: set[str] = set()
+
+    def left(self) -> list[onnx.NodeProto]:
+        """The nodes that were there at first and still are."""
+        there = {id(node) for node in self._nodes}
+        return [node for node in self._proto.node if id(node) in there]
 
     def values(self, name: str) -> NDArray[Any]:
         return numpy_helper.to_array(self.constants[name])
@@ -138,11 +145,28 @@ class _Graph(GraphView):
         self.constants[name] = numpy_helper.from_array(values, name)
         return name
 
-    def replace(self, node: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
-        position = next(i for i, other in enumerate(self.nodes) if other is node)
-        self.nodes[position : position + 1] = nodes
+    def replace(
+        self,
+        node: onnx.NodeProto,
+        nodes: list[onnx.NodeProto],
+        *,
+        without: Sequence[onnx.NodeProto] = (),
+    ) -> None:
+        """Puts nodes in the place of one, and takes others away."""
+        position = next(i for i, other in enumerate(self._nodes) if other is node)
+        self._nodes[position : position + 1] = nodes
+        self._forget(node)
         for new in nodes:
             self.writers.update(dict.fromkeys(new.output, new))
+            for name in reads(new):
+                self.readers.setdefault(name, []).append(new)
+        self.remove(without)
+
+    def remove(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        gone = {id(node) for node in nodes}
+        for node in nodes:
+            self._forget(node)
+        self._nodes = [node for node in self._nodes if id(node) not in gone]
 
     def reroute(self, tensor: str, source: str) -> None:
         """Lets all that read `tensor` read `source`."""
@@ -151,14 +175,24 @@ class _Graph(GraphView):
             for position, name in enumerate(reader.input):
                 if name == tensor:
                     reader.input[position] = source
-        self.readers[source] = readers
+        self.readers.setdefault(source, []).extend(readers)
 
     def write(self) -> None:
-        used = {name for node in self.nodes for name in reads(node)} | self.outputs
-        refill(self._proto.node, self.nodes)
+        used = {name for node in self._nodes for name in reads(node)} | self.outputs
+        refill(self._proto.node, self._nodes)
         refill(self._proto.initializer, (t for n, t in self.constants.items() if n in used))
         known = (value for value in self._proto.value_info if value.name not in self.reshaped)
         refill(self._proto.value_info, known)
+
+    def _forget(self, node: onnx.NodeProto) -> None:
+        for name in set(reads(node)):
+            left = [reader for reader in self.readers[name] if reader is not node]
+            self.readers[name] = left
+            if not left:
+                del self.readers[name]
+        for name in node.output:
+            if self.writers.get(name) is node:
+                del self.writers[name]
 
 
 def _merge_groups(graph: _Graph, conv: onnx.NodeProto) -> None:
@@ -284,9 +318,8 @@ def _absorb_shuffle(graph: _Graph, start: onnx.NodeProto, shapes: Shapes) -> Non
             constant = graph.values(name)
             if constant.ndim:
                 graph.add_constant(name, np.ascontiguousarray(constant[order]))
+    graph.remove(chain)
     graph.reroute(tensor, source)
-    gone = {id(node) for node in chain}
-    graph.nodes = [node for node in graph.nodes if id(node) not in gone]
 
 
 def _chain(graph: _Graph, start: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -447,8 +480,8 @@ def _moved(
     if node.input[1] not in graph.constants:
         return None
     sizes = [int(size) for size in graph.values(node.input[1])]
-    if 0 in sizes[1:]:
-        return None
+    if 0 in sizes[1:] or (-1 in sizes[1:] and sizes[0] not in (0, 1)):
+        return None  # the batch takes part
     try:
         return values.reshape([1, *sizes[1:]])
     except ValueError:
@@ -469,9 +502,10 @@ def _hold_pairs(graph: _Graph, pool: onnx.NodeProto) -> None:
         graph.reroute(pool.output[0], held)
         graph.replace(pool, [pool, helper.make_node("Max", [pool.output[0], lowest], [held])])
     else:
-        node = helper.make_node("Max", [pool.input[0], lowest], [held])
-        pool.input[0] = held
-        graph.replace(pool, [node, pool])
+        maximum = helper.make_node("Max", [pool.input[0], lowest], [held])
+        again = copy_of(pool)
+        again.input[0] = held
+        graph.replace(pool, [maximum, again])
 
 
 def _convolve(graph: _Graph, pool: onnx.NodeProto, shapes: Shapes) -> None:
@@ -576,16 +610,16 @@ def _add_and_saturate(graph: _Graph, gate: onnx.NodeProto) -> None:
         helper.make_node("DequantizeLinear", operands, [constant]),
         helper.make_node("Add", [product, constant], [name], name=gate.name),
     ]
-    graph.replace(gate, added)
-    if graph.sole_reader(source.output[0]) is gate:
-        graph.nodes = [node for node in graph.nodes if node is not source]
+    alone = graph.sole_reader(source.output[0]) is gate
+    graph.replace(gate, added, without=[source] if alone else ())
 
 
 def _cut_off_integers(graph: _Graph, activation: onnx.NodeProto) -> None:
     """Writes a Relu or Clip between pairs of the same steps as a Clip of the integers."""
     pair = _pair_around(graph, activation, activation.output[0])
-    given = [name for name in activation.input[1:] if name]
-    if pair is None or not graph.constants.keys() >= set(given):
+    given = {n: graph.values(n) for n in activation.input[1:] if n in graph.constants}
+    bounds = activation_bounds(activation, given)
+    if pair is None or bounds is None:
         return
     source, quantize = pair
     before, behind = ([graph.values(name) for name in node.input[1:]] for node in pair)
@@ -594,18 +628,15 @@ def _cut_off_integers(graph: _Graph, activation: onnx.NodeProto) -> None:
     if not same or zero_point.dtype != behind[1].dtype or zero_point.itemsize > 1:
         return
     limits = np.iinfo(zero_point.dtype)
-    bounds = activation_bounds(activation, {name: graph.values(name) for name in given})
-    integers = np.clip(np.rint(bounds / scale) + zero_point, limits.min, limits.max)
+    integers = np.clip(np.rint(np.array(bounds) / scale) + zero_point, limits.min, limits.max)
     ends = [
         graph.add_constant(f"{activation.output[0]}__{end}", np.array(integer, zero_point.dtype))
         for end, integer in zip(("lowest", "highest"), integers, strict=True)
     ]
     inputs, outputs = [source.input[0], *ends], [quantize.output[0]]
-    graph.replace(activation, [helper.make_node("Clip", inputs, outputs, name=activation.name)])
-    done = {id(quantize)}
-    if graph.sole_reader(source.output[0]) is activation:
-        done.add(id(source))
-    graph.nodes = [node for node in graph.nodes if id(node) not in done]
+    alone = graph.sole_reader(source.output[0]) is activation
+    clip = helper.make_node("Clip", inputs, outputs, name=activation.name)
+    graph.replace(activation, [clip], without=[quantize, source] if alone else [quantize])
 
 
 def _depthwise_weight(
@@ -674,11 +705,9 @@ def _collapse_gelu(graph: _Graph, erf: onnx.NodeProto) -> None:
         return
     last = gelu.nodes[-1]
     whole = helper.make_node(
-        "Gelu", [gelu.source], [gelu.output], name=last.name, domain=_OWN_DOMAIN
+        "Gelu", [gelu.source], [gelu.output], name=last.name, domain=OWN_DOMAIN
     )
-    graph.replace(last, [whole])
-    gone = {id(node) for node in gelu.nodes}
-    graph.nodes = [node for node in graph.nodes if id(node) not in gone]
+    graph.replace(last, [whole], without=[node for node in gelu.nodes if node is not last])
 
 
 def _take_square_roots(graph: _Graph, lrn: onnx.NodeProto, shapes: Shapes) -> None:

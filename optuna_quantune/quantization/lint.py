@@ -253,14 +253,23 @@ def channel_spread(weight: NDArray[np.float32], channel_axis: int) -> float:
     return float(ranges.max() / max(float(np.median(ranges)), np.finfo(np.float32).tiny))
 
 
-def live_weights(model: FloatModel) -> dict[str, NDArray[np.float32]]:
+def live_weights(
+    model: FloatModel, reach: Callable[[str], float | None] | None = None
+) -> dict[str, NDArray[np.float32]]:
     """Weights by layer, with 0 where they meet input channels that are always 0.
 
     A channel of a convolution without weights worth mentioning and without a positive bias is 0
     behind its Relu. Folding a batch normalization whose gamma went to 0 leaves such channels, and
     nothing in training held the weights that read them.
+
+    Args:
+        model: The prepared float model.
+        reach: The largest magnitude that a tensor has, None where that is not known. With it only
+            channels count that cannot come to more than a ten-thousandth of what their tensor
+            reaches; without it small weights are enough.
     """
     constants = constant_values(model.proto.graph)
+    operands = {node.name: len([n for n in node.input if n]) for node in model.proto.graph.node}
     activations = {n.output[0]: n for n in model.proto.graph.node if n.op_type in ("Relu", "Clip")}
     layers = {layer.output: layer for layer in model.layers if layer.op_type == "Conv"}
     live: dict[str, NDArray[np.float32]] = {}
@@ -270,13 +279,20 @@ def live_weights(model: FloatModel) -> dict[str, NDArray[np.float32]]:
         if layer.op_type != "Conv" or activation is None:
             continue
         before = layers.get(activation.input[0])
-        if before is None or activation_bounds(activation, constants)[0] != 0:
+        bounds = activation_bounds(activation, constants)
+        if before is None or bounds is None or bounds[0] != 0:
             continue
+        if before.bias is None and operands[before.name] > 2:
+            continue  # the bias is computed
         weight = model.weights[before.weight]
+        bias = 0.0 if before.bias is None else model.weights[before.bias]
         sizes = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)))
-        dead = sizes <= _NEGLIGIBLE * np.median(sizes)
-        if before.bias is not None:
-            dead &= model.weights[before.bias] <= 0
+        dead = (sizes <= _NEGLIGIBLE * np.median(sizes)) & (np.asarray(bias) <= 0)
+        if reach is not None:
+            read, written = reach(before.input), reach(layer.input)
+            if read is None or written is None:
+                continue
+            dead &= sizes * read + bias <= _NEGLIGIBLE * written
         live[layer.name] = _without(live[layer.name], layer.groups, np.flatnonzero(dead))
     return live
 
@@ -455,7 +471,8 @@ def _lost_activations(graph: _QuantizedGraph, model: FloatModel) -> Iterator[Fin
         low, high = scale * (limits.min - zero_point), scale * (limits.max - zero_point)
         bounds = activation_bounds(node, constants)
         # Half a step is what rounding the zero point may move the ends by.
-        if low < bounds[0] - 0.5 * scale or high > bounds[1] + 0.5 * scale:
+        slack = 0.5 * scale
+        if bounds is None or low < bounds[0] - slack or high > bounds[1] + slack:
             lost.append(node.name)
     if lost:
         yield Finding(

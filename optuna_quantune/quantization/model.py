@@ -249,6 +249,7 @@ def _make_gemms_plain(graph: onnx.GraphProto) -> None:
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
     count = Counter(name for node in graph.node for name in reads(node))
+    reshaped: set[str] = set()
     for node in graph.node:
         if node.op_type != "Gemm":
             continue
@@ -273,6 +274,8 @@ def _make_gemms_plain(graph: onnx.GraphProto) -> None:
             if values.shape != (outputs,) and values.size == last and last in (1, outputs):
                 flat = np.broadcast_to(values.reshape(-1), (outputs,)).copy()
                 bias.CopyFrom(numpy_helper.from_array(flat, bias.name))
+                reshaped.add(bias.name)
+    refill(graph.value_info, (value for value in graph.value_info if value.name not in reshaped))
 
 
 @contextlib.contextmanager
@@ -299,6 +302,8 @@ def _layers(proto: onnx.ModelProto, initializers: dict[str, onnx.TensorProto]) -
             continue
         if node.op_type == "MatMul" and len(weight.dims) != 2:
             continue  # a stack of matrices has no one channel axis
+        if node.op_type == "Gemm" and attribute_of(node, "transA", 0):
+            continue  # its input has the channels where others have the batch
         bias = node.input[2] if len(node.input) > 2 and node.input[2] in initializers else None
         yield Layer(
             name=node.name,

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.placement import statistics_sources
 from optuna_quantune.quantization.probe import Probe
@@ -177,8 +178,13 @@ class NoiseModel:
         self._layer_errors: dict[tuple[str, bytes, bytes], tuple[float, float]] = {}
         self._saturations: dict[QuantizationConfig, Saturation] = {}
         self._quantized: dict[
-            tuple[tuple[str, ...], Fusion], tuple[tuple[str, ...], tuple[str, ...]]
+            tuple[tuple[str, ...], Fusion], tuple[Mapping[str, float], tuple[str, ...]]
         ] = {}
+        self._averages = {
+            node.output[0]: float(np.prod(attribute_of(node, "kernel_shape")))
+            for node in quantizer.model.proto.graph.node
+            if node.op_type == "AveragePool"
+        }
         self._probed_errors = self._errors_of_weights(PROBED)
 
     def predict(self, config: QuantizationConfig) -> NoisePrediction:
@@ -198,7 +204,7 @@ class NoiseModel:
         if self._output in scaling:
             scaling[self._output] = clipping[self._output]
         prediction = NoisePrediction(
-            rounding={tensor: activations.rounding[tensor] for tensor in tensors},
+            rounding={t: times * activations.rounding[t] for t, times in tensors.items()},
             clipping=clipping,
             weights={name: weights[name] for name in names},
             scaling=scaling,
@@ -246,13 +252,25 @@ class NoiseModel:
 
     def _quantized_tensors(
         self, float_layers: tuple[str, ...], fusion: Fusion
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Activations (each once: a Relu and its input are rounded alike) and weights."""
+    ) -> tuple[Mapping[str, float], tuple[str, ...]]:
+        """Activations with how often each is rounded, and weights.
+
+        A Relu and its input are rounded alike, which counts once. An average is rounded again, and
+        is as many times as sensitive as values are averaged: their own errors level out.
+        """
         key = (float_layers, fusion)
         if key not in self._quantized:
             placement = self._quantizer.placement(float_layers, fusion)
+            of_scale = {site.scale: site.statistics for site in placement.activations}
+            times = dict.fromkeys(of_scale.values(), 0.0)
+            for node in placement.template.graph.node:
+                if node.op_type == "QuantizeLinear":
+                    tensor, taps = of_scale[node.input[1]], self._averages.get(node.input[0])
+                    times[tensor] = (
+                        max(times[tensor], 1.0) if taps is None else times[tensor] + taps
+                    )
             self._quantized[key] = (
-                tuple(dict.fromkeys(site.statistics for site in placement.activations)),
+                times,
                 tuple(s.tensor for s in placement.constants if s.tensor in self._layers),
             )
         return self._quantized[key]

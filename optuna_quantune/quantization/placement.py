@@ -8,7 +8,8 @@ each. So it takes 0.3 s for MobileNetV2 instead of 1.4, and filling a few hundre
 
 A Resize that interpolates is kept in float between its pairs: `quantize_static` would give its
 result the range of its input, which cubic interpolation leaves (14 dB of a small net), and ONNX
-Runtime's integer kernel rounds down and is slower than the float one.
+Runtime's integer kernel rounds down and is slower than the float one. So is an AveragePool with
+``ceil_mode`` and ``count_include_pad``, where the integer kernel divides by other numbers (25 dB).
 
 Nodes that stay in float lose their pairs afterwards (`keep_float`), as with the option
 ``nodes_to_exclude``, but for three things in which that loses accuracy or time: a float node reads
@@ -53,6 +54,7 @@ from optuna_quantune.quantization.graph import sort_nodes
 from optuna_quantune.quantization.lint import check_node_names
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import NORMALIZATION_OPS
+from optuna_quantune.quantization.model import WEIGHTED_OPS
 
 
 _SCALE_SUFFIX: Final = "_scale"
@@ -189,7 +191,7 @@ def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[st
     template = copy_of(placement.template)
     graph = template.graph
     computed_in_float = _with_moving_nodes(model.proto.graph, float_nodes)
-    computed_in_float.update(_interpolating(model.proto.graph))
+    computed_in_float.update(_always_float(model.proto.graph))
     pairs = _Pairs(graph, computed_in_float, set(float_nodes))
     # The dequantized bias has the name of the float one.
     unused = {id(node) for name, node in pairs.constants.items() if pairs.all_readers_float(name)}
@@ -325,29 +327,52 @@ def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> se
     return found
 
 
-def _interpolating(graph: onnx.GraphProto) -> list[str]:
-    """Names of the nodes that compute values between those of their input."""
+def _always_float(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes that ONNX Runtime would get wrong with integers, or not quantize."""
+    constants = {tensor.name for tensor in graph.initializer}
     return [
         node.name
         for node in graph.node
-        if node.op_type == "Resize" and attribute_of(node, "mode", b"nearest") != b"nearest"
+        if _interpolates(node) or _averages_beyond(node) or _has_odd_bias(node, constants)
     ]
+
+
+def _interpolates(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Resize" and attribute_of(node, "mode", b"nearest") != b"nearest"
+
+
+def _has_odd_bias(node: onnx.NodeProto, constants: Set[str]) -> bool:
+    """Whether the scale of a layer's bias is not that of its input times that of a constant."""
+    if node.op_type not in WEIGHTED_OPS or len(node.input) < 3 or node.input[2] not in constants:
+        return False
+    grouped = node.op_type == "ConvTranspose" and attribute_of(node, "group", 1) > 1
+    return grouped or node.input[1] not in constants
+
+
+def _averages_beyond(node: onnx.NodeProto) -> bool:
+    """Whether windows of an AveragePool can stand out from what is counted."""
+    return (
+        node.op_type == "AveragePool"
+        and bool(attribute_of(node, "ceil_mode", 0))
+        and bool(attribute_of(node, "count_include_pad", 0))
+    )
 
 
 def _shielded(nodes: Sequence[onnx.NodeProto], float_nodes: Set[str]) -> list[onnx.NodeProto]:
     """The nodes, with a Clip that clips nothing before each float layer that reads 8-bit values.
 
-    ONNX Runtime quantizes the float weight of a layer behind a DequantizeLinear when it loads a
-    model (``WeightBiasQuantization``, from the basic level of optimization on), with one scale for
-    all of it: the layer would be no float layer at all, and a worse one than a quantized one. The
-    Clip keeps the two apart, and nothing removes it.
+    And before an average that has to be computed in float. ONNX Runtime quantizes the float weight
+    of a layer behind a DequantizeLinear when it loads a model (``WeightBiasQuantization``, from
+    the basic level of optimization on), with one scale for all of it: the layer would be no float
+    layer at all, and a worse one than a quantized one. The Clip keeps the two apart, and nothing
+    removes it.
     """
     dequantized = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"}
     shielded: list[onnx.NodeProto] = []
     for node in nodes:
         if (
             node.name in float_nodes
-            and node.op_type in ("Conv", "ConvTranspose", "Gemm")
+            and (node.op_type in ("Conv", "ConvTranspose", "Gemm") or _averages_beyond(node))
             and node.input[0] in dequantized
         ):
             name = f"{node.name}_float_input"
@@ -404,6 +429,10 @@ def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
             ) from error
     refill(quantized.graph.value_info, model.proto.graph.value_info)
     refill(quantized.graph.output, model.proto.graph.output)
+    whole = {tensor.name: tensor for tensor in model.proto.graph.initializer}
+    refill(
+        quantized.graph.initializer, [whole.get(t.name, t) for t in quantized.graph.initializer]
+    )
     sort_nodes(quantized.graph)  # ONNX Runtime does not look into the branches of an If
     return quantized
 
@@ -459,7 +488,7 @@ def _quantize_static(model: FloatModel, proto: onnx.ModelProto) -> onnx.ModelPro
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
                 calibration_cache_path=str(cache),
-                nodes_to_exclude=_interpolating(graph),
+                nodes_to_exclude=_always_float(graph),
                 extra_options={"QDQKeepRemovableActivations": True},
             )
         finally:

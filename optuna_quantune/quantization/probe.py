@@ -72,7 +72,7 @@ class Probe:
         joint: What errors do together, measured when it is asked for.
 
     Of a model with several outputs, an output value is one that is divided by the root mean square
-    of its output on the first input, so that each output counts alike.
+    of its output, so that each output counts alike.
     """
 
     rounding_gain: Mapping[str, float]
@@ -117,7 +117,7 @@ def probe(
     together = _joint_inputs(values_a_run)
     joint = [*feeds, *islice(queue, max(0, together - len(feeds)))][:together]
     moments, outputs = _Moments(model.layers), _Outputs(disturbable)
-    rounding, clipping, tail, single = _Gains(), _Gains(), _Gains(), _Gains()
+    rounding, clipping, tail, single = (_Gains(outputs) for _ in range(4))
     begun: list[tuple[list[str], Values]] = []
     for number, feed in enumerate(feeds):
         values = disturbable.start(feed) if number else first
@@ -223,7 +223,7 @@ def _lost(histogram: Histogram, low: float, high: float) -> float:
 
 
 def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float32]:
-    error: NDArray[np.float32] = value / np.float32(step)
+    error: NDArray[np.float32] = np.asarray(value / np.float32(step))
     np.rint(error, out=error)
     error *= np.float32(step)
     error -= value
@@ -235,19 +235,23 @@ class _Outputs:
 
     def __init__(self, model: DisturbableModel) -> None:
         self._model = model
-        self._scales: list[float] = []
-        self._powers: list[float] = []
+        self._powers: list[list[float]] = []
 
     @property
     def power(self) -> float:
         """Mean square of an undisturbed output value."""
-        return float(np.mean(self._powers))
+        return self.joint(np.mean(self._powers, axis=0))
 
     def add(self, values: Values) -> None:
         """Takes the outputs of an undisturbed input into account."""
-        outputs = [values[name] for name in self._model.names]
-        self._scales = self._scales or _scales(outputs)
-        self._powers.append(_joint_power(outputs, self._scales))
+        self._powers.append([_power(values[name]) for name in self._model.names])
+
+    def joint(self, powers: NDArray[np.float64]) -> float:
+        """Mean square of a value of all outputs, from that of each; one output counts as it is."""
+        if len(powers) == 1:
+            return float(powers[0])
+        own = np.mean(self._powers, axis=0)
+        return float(np.mean(powers / np.where(own > 0.0, own, 1.0)))
 
     def measure(
         self,
@@ -266,9 +270,9 @@ class _Outputs:
         names = self._model.names
         reference = [values[name] for name in names]
         change = _differences(names, self._model.run(disturbance, values), reference)
-        power, first = _joint_power(change, self._scales), _power(change[0])
-        share = _scaling(change[0], reference[0]) / first if first > 0.0 else 0.0
-        gains.add(name, power_in, power, power * share)
+        powers = np.array([_power(output) for output in change])
+        share = _scaling(change[0], reference[0]) / powers[0] if powers[0] > 0.0 else 0.0
+        gains.add(name, power_in, powers, share)
 
 
 def _scaling(change: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
@@ -285,17 +289,28 @@ class _Gains:
 
     The gain is the ratio of the sums: an input that is hardly clipped says as little about it as
     it will contribute.
+
+    Args:
+        outputs: What the error comes out at.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, NDArray[np.float64]] = {}
+    def __init__(self, outputs: _Outputs) -> None:
+        self._outputs = outputs
+        # In, out at each output, and what of that scales the output.
+        self._sums: dict[str, tuple[float, NDArray[np.float64], NDArray[np.float64]]] = {}
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._sums
 
-    def add(self, tensor: str, power_in: float, power_out: float, scaling_out: float) -> None:
-        powers = np.array([power_in, power_out, scaling_out])
-        self._sums[tensor] = self._sums.get(tensor, np.zeros(3)) + powers
+    def add(
+        self, tensor: str, power_in: float, powers: NDArray[np.float64], scaling: float
+    ) -> None:
+        before = self._sums.get(tensor, (0.0, np.zeros_like(powers), np.zeros_like(powers)))
+        self._sums[tensor] = (
+            before[0] + power_in,
+            before[1] + powers,
+            before[2] + scaling * powers,
+        )
 
     def fall_back(self, tensor: str, *others: _Gains) -> None:
         """Takes over what the first of `others` knows of a tensor that was not added here."""
@@ -307,30 +322,17 @@ class _Gains:
         """Power out for a power of 1 in; 0 of a tensor that bore no error."""
         if tensor not in self:
             return 0.0
-        power_in, power_out, _ = self._sums[tensor]
-        return float(power_out / power_in)
+        power_in, powers, _ = self._sums[tensor]
+        return self._outputs.joint(powers) / power_in
 
     def scaling(self, tensor: str) -> float:
         """Share of the power out that only scales the output."""
-        if tensor not in self or self._sums[tensor][1] == 0.0:
-            return 0.0
-        return float(self._sums[tensor][2] / self._sums[tensor][1])
+        out = 0.0 if tensor not in self else self._outputs.joint(self._sums[tensor][1])
+        return self._outputs.joint(self._sums[tensor][2]) / out if out > 0.0 else 0.0
 
 
 def _power(values: NDArray[np.float32]) -> float:
     return float(np.vdot(values, values)) / values.size
-
-
-def _scales(outputs: Sequence[NDArray[np.float32]]) -> list[float]:
-    """What makes the outputs comparable; one output is left as it is."""
-    if len(outputs) == 1:
-        return [1.0]
-    return [1.0 / np.sqrt(_power(output) or 1.0) for output in outputs]
-
-
-def _joint_power(outputs: Sequence[NDArray[np.float32]], scales: Sequence[float]) -> float:
-    powers = [scale**2 * _power(output) for output, scale in zip(outputs, scales, strict=True)]
-    return float(np.mean(powers))
 
 
 def _differences(

@@ -26,6 +26,7 @@ from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.clipping import choose_range
 from optuna_quantune.quantization.clipping import ranging_scheme
+from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
@@ -41,6 +42,7 @@ from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.kernels import adapt
+from optuna_quantune.quantization.kernels import OWN_DOMAIN
 from optuna_quantune.quantization.lint import live_weights
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
@@ -49,8 +51,10 @@ from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import ConstantSite
 from optuna_quantune.quantization.placement import keep_float
 from optuna_quantune.quantization.placement import keep_normalizations
+from optuna_quantune.quantization.placement import PAIR_OPS
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.placement import Placement
+from optuna_quantune.quantization.placement import statistics_sources
 from optuna_quantune.quantization.scheme import choose_parameters
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.scheme import widen_for_bias
@@ -258,7 +262,7 @@ class Quantizer:
         if self.representation.for_kernels:
             adapt(proto, self._shapes)
         if config.activation_bits == 16:
-            _raise_opset(proto, _OPSET_OF_16_BITS)
+            _use_own_pairs(proto)
         digest = canonical_digest(proto)
         proto.producer_name = "optuna-quantune"
         entry = proto.metadata_props.add()
@@ -528,7 +532,16 @@ class Quantizer:
     @cached_property
     def _live_weights(self) -> dict[str, NDArray[np.float32]]:
         """Weights by initializer, with 0 for those that are multiplied with nothing but zeros."""
-        by_layer = live_weights(self.model)
+        sources = statistics_sources(self.model.proto.graph)
+
+        def reach(tensor: str) -> float | None:
+            source = sources.get(tensor, tensor)
+            if source not in self.statistics.segments:
+                return None
+            histogram = self.statistics.histogram(source, ALL_IMAGES)
+            return max(abs(histogram.minimum), abs(histogram.maximum))
+
+        by_layer = live_weights(self.model, reach)
         live: dict[str, NDArray[np.float32]] = {}
         for layer in self.model.layers:
             weight = by_layer[layer.name]
@@ -574,12 +587,16 @@ def _restore_float(graph: onnx.GraphProto, quantized: str, values: NDArray[np.fl
     graph.node.remove(node)
 
 
-def _raise_opset(proto: onnx.ModelProto, version: int) -> None:
-    """Declares a later opset; the nodes of these models mean the same in it."""
-    for opset in proto.opset_import:
-        if opset.domain in ("", "ai.onnx"):
-            opset.version = max(opset.version, version)
-    proto.ir_version = max(proto.ir_version, 10)  # of opset 21
+def _use_own_pairs(proto: onnx.ModelProto) -> None:
+    """Lets pairs be ONNX Runtime's own operators, which know 16 bits before opset 21, too."""
+    versions = {opset.domain: opset.version for opset in proto.opset_import}
+    if versions.get("", versions.get("ai.onnx", 0)) >= _OPSET_OF_16_BITS:
+        return
+    for node in proto.graph.node:
+        if node.op_type in PAIR_OPS:
+            node.domain = OWN_DOMAIN
+    if OWN_DOMAIN not in versions:
+        proto.opset_import.append(onnx.helper.make_opsetid(OWN_DOMAIN, 1))
 
 
 def _match_axes(graph: onnx.GraphProto, placement: Placement, plan: QuantizationPlan) -> None:
@@ -643,5 +660,7 @@ def _implied(
     low, high = scale * (parameters.lowest - zero_point), scale * (parameters.highest - zero_point)
     given = {n: numpy_helper.to_array(constants[n]) for n in node.input[1:] if n in constants}
     bounds = activation_bounds(node, given)
+    if bounds is None:
+        return False
     # float32 rounding of the scale may leave the largest integer a hair beyond the bound.
     return low >= bounds[0] and high <= bounds[1] + 1e-6 * abs(high)

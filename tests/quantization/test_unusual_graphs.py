@@ -1,0 +1,334 @@
+"""Graphs that exporters write seldom: each is quantized about as well as any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+from onnx import numpy_helper
+from onnx import TensorProto
+
+from optuna_quantune.builder import Builder
+from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.evaluation.dataset import InputSpec
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.space import SearchSpace
+from optuna_quantune.target import get_target
+
+
+make = helper.make_node
+Constants = dict[str, NDArray[Any]]
+Case = tuple[list[onnx.NodeProto], Constants]
+SIZE = 8
+
+
+def weights(**shapes: tuple[int, ...]) -> Constants:
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def computed_clip() -> Case:
+    """A Clip at the mean magnitude of the input, by which nothing is said about its range."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first", pads=[1] * 4),
+        make("Abs", ["x"], ["size"], "abs"),
+        make("ReduceMean", ["size"], ["mean"], "mean", keepdims=0),
+        make("Clip", ["a", "zero", "mean"], ["c"], "clip"),
+        make("Conv", ["c", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 3, 3), b=(8,), w2=(6, 8, 1, 1)) | {"zero": np.float32(0.0)}  # type: ignore[dict-item]
+
+
+def average_beyond_the_border() -> Case:
+    """Windows that stand out, which ONNX Runtime's integer kernel divides by another number."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first", pads=[1] * 4),
+        make("Relu", ["a"], ["r"], "relu"),
+        make(
+            "AveragePool",
+            ["r"],
+            ["p"],
+            "pool",
+            kernel_shape=[3, 3],
+            strides=[2, 2],
+            ceil_mode=1,
+            count_include_pad=1,
+        ),
+        make("Conv", ["p", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 3, 3), b=(8,), w2=(6, 8, 1, 1))
+
+
+def moved_through_the_batch() -> Case:
+    """A Reshape that has no channel shuffle in it, though it reads like one."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Reshape", ["a", "apart"], ["d"], "apart"),
+        make("Transpose", ["d"], ["e"], "swap", perm=[0, 2, 1, 3]),
+        make("Reshape", ["e", "together"], ["f"], "together"),
+        make("Conv", ["f", "w2"], ["y"], "last"),
+    ]
+    sizes = {"apart": np.array([2, -1, 2, SIZE * SIZE]), "together": np.array([1, 8, SIZE, SIZE])}
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1)) | sizes
+
+
+def computed_slope() -> Case:
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Conv", ["x", "w3"], ["s"], "slope"),
+        make("PRelu", ["a", "s"], ["p"], "prelu"),
+        make("Conv", ["p", "w2"], ["c"], "last"),
+        make("Conv", ["s", "w4"], ["d"], "other"),
+        make("Add", ["c", "d"], ["y"], "add"),
+    ]
+    constants = weights(w=(8, 3, 1, 1), b=(8,), w3=(8, 3, 1, 1), w2=(6, 8, 1, 1), w4=(6, 8, 1, 1))
+    constants["w"] *= np.logspace(-1.0, 1.0, 8, dtype=np.float32).reshape(8, 1, 1, 1)
+    return nodes, constants
+
+
+def small_weights_of_large_inputs() -> Case:
+    """A channel that is a hundred thousand times as large as others, and made small again."""
+    constants = weights(w=(8, 3, 1, 1), b=(8,), d=(8, 1, 3, 3), e=(8,), w2=(6, 8, 1, 1))
+    constants["w"][2] *= 1e5
+    constants["b"][2] = 0.0
+    constants["d"][2] = np.abs(constants["d"][2]) * 1e-5
+    constants["e"][2] = 0.0
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Relu", ["a"], ["r"], "relu"),
+        make("Conv", ["r", "d", "e"], ["c"], "depth", group=8, pads=[1] * 4),
+        make("Relu", ["c"], ["q"], "again"),
+        make("Conv", ["q", "w2"], ["y"], "last"),
+    ]
+    return nodes, constants
+
+
+def computed_bias() -> Case:
+    """A channel that has no weights and lives on a bias that is computed."""
+    constants = weights(w=(8, 3, 1, 1), v=(8,), w2=(6, 8, 1, 1))
+    constants["w"][2], constants["v"] = 0.0, np.abs(constants["v"]) + 2.0
+    constants["w2"][:, 2] *= 4.0
+    nodes = [
+        make("ReduceMax", ["x"], ["m"], "max", keepdims=0),
+        make("Mul", ["v", "m"], ["b"], "bias"),
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Relu", ["a"], ["r"], "relu"),
+        make("Conv", ["r", "w2"], ["y"], "last"),
+    ]
+    return nodes, constants
+
+
+def shuffled_before(*nodes: onnx.NodeProto) -> Callable[[], Case]:
+    def case() -> Case:
+        first = [
+            make("Conv", ["x", "w", "b"], ["a"], "first"),
+            make("Reshape", ["a", "apart"], ["d"], "apart"),
+            make("Transpose", ["d"], ["e"], "swap", perm=[0, 2, 1, 3, 4]),
+            make("Reshape", ["e", "together"], ["f"], "together"),
+        ]
+        sizes = {
+            "apart": np.array([-1, 2, 4, SIZE, SIZE]),
+            "together": np.array([-1, 8, SIZE, SIZE]),
+        }
+        factors = weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1), gamma=(8,), beta=(8,), mu=(8,))
+        variance = {"var": np.linspace(0.5, 2.0, 8).astype(np.float32)}
+        return [*first, *nodes, make("Conv", ["g", "w2"], ["y"], "last")], (
+            factors | sizes | variance
+        )
+
+    return case
+
+
+def split_output() -> Case:
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Split", ["a"], ["s", "y"], "split", axis=1),
+        make("Conv", ["s", "w2"], ["z"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 4, 1, 1))
+
+
+def transposed_input() -> Case:
+    nodes = [
+        make("Reshape", ["x", "flat"], ["f"], "flat"),
+        make("Gemm", ["f", "w"], ["g"], "first", transA=1),
+        make("Relu", ["g"], ["r"], "relu"),
+        make("Gemm", ["r", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(3, 8), w2=(8, 6)) | {"flat": np.array([3, -1])}
+
+
+def computed_weights() -> Case:
+    nodes = [
+        make("Conv", ["x", "w"], ["a"], "first"),
+        make("Flatten", ["a"], ["f"], "flat"),
+        make("Reshape", ["x", "square"], ["s"], "square"),
+        make("Gemm", ["f", "s", "b"], ["g"], "product"),
+        make("Relu", ["g"], ["r"], "relu"),
+        make("Gemm", ["r", "w2"], ["y"], "last"),
+    ]
+    square = {"square": np.array([SIZE * SIZE, -1])}
+    return nodes, weights(w=(1, 3, 1, 1), b=(3,), w2=(3, 6)) | square
+
+
+def grouped_transposed_convolution() -> Case:
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("ConvTranspose", ["a", "t", "c"], ["d"], "up", group=2, strides=[2, 2]),
+        make("Relu", ["d"], ["r"], "relu"),
+        make("Conv", ["r", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), t=(8, 4, 2, 2), c=(8,), w2=(6, 8, 1, 1))
+
+
+def single_number() -> Case:
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("ReduceMax", ["a"], ["m"], "max", keepdims=0),
+        make("Mul", ["a", "m"], ["p"], "scale"),
+        make("Conv", ["p", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
+
+
+def summed_up() -> Case:
+    """A mean with its axes as an attribute, which opset 18 does not know any more."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("ReduceMean", ["a"], ["m"], "mean", axes=[2, 3], keepdims=1),
+        make("Conv", ["m", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
+
+
+NORMALIZED = make(
+    "BatchNormalization", ["f", "gamma", "beta", "mu", "var"], ["g"], "normalization"
+)
+AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], strides=[2, 2])
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "knobs"),
+    [
+        (computed_clip, "cpu", [{}]),
+        (computed_clip, "arm64", [{}]),
+        (average_beyond_the_border, "cpu", [{}, {"float_layers": 2}]),
+        (moved_through_the_batch, "cpu", [{}]),
+        (computed_slope, "cpu", [{}, {"equalization": True}]),
+        (small_weights_of_large_inputs, "cpu", [{"float_layers": 2, "zero_dead_weights": True}]),
+        (computed_bias, "cpu", [{}, {"zero_dead_weights": True}]),
+        (shuffled_before(NORMALIZED), "cpu", [{}, {"float_layers": 1}]),
+        (shuffled_before(AVERAGED), "cpu", [{}, {"mixed_precision": "first_last"}]),
+        (split_output, "cpu", [{}, {"equalization": True}]),
+        (transposed_input, "cpu", [{}, {"bias_correction": True}]),
+        (computed_weights, "cpu", [{}, {"granularity": "tensor"}]),
+        (grouped_transposed_convolution, "cpu", [{}, {"granularity": "tensor"}]),
+        (single_number, "cpu", [{}]),
+        (summed_up, "qnn", [{}, {"activation_bits": 16}]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_an_unusual_graph_is_quantized_as_well_as_any_other(
+    case: Callable[[], Case], target: str, knobs: Sequence[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The processor's optimized kernels give what unoptimized ones do, near the prediction."""
+    path = save(*case(), tmp_path / "model.onnx")
+    builder = builder_of(path, target)
+    builder.prepare()
+    expected = outputs(path)
+    for chosen in knobs:
+        config = QuantizationConfig(
+            **({"calibration_images": "all", "granularity": "channel"} | chosen)
+        )
+        data = builder.quantize(config).proto.SerializeToString()
+        noise = [decibels(outputs(data, optimized=flag), expected) for flag in (True, False)]
+        predicted = builder.predict(config).features()["predicted_sqnr_db"]
+        assert min(noise) > 25.0, chosen
+        assert noise[0] == pytest.approx(noise[1], abs=3.0), chosen
+        assert noise[1] == pytest.approx(predicted, abs=6.0), chosen
+
+
+def test_bias_correction_says_that_it_needs_inputs_of_one_shape(tmp_path: Path) -> None:
+    """Other knobs do not."""
+    nodes = [make("Conv", ["x", "w", "b"], ["y"], "first", pads=[1] * 4)]
+    path = save(nodes, weights(w=(6, 3, 3, 3), b=(6,)), tmp_path / "model.onnx", size=None)
+    builder = builder_of(path, "cpu", OfTwoSizes)
+    assert builder.quantize(QuantizationConfig(calibration_images="all"))
+    with pytest.raises(Exception, match="bias_correction"):
+        builder.quantize(QuantizationConfig(calibration_images="all", bias_correction=True))
+
+
+def save(
+    nodes: list[onnx.NodeProto], constants: Constants, path: Path, size: int | None = SIZE
+) -> Path:
+    value = helper.make_tensor_value_info
+    others = [value("z", TensorProto.FLOAT, None)] if "z" in nodes[-1].output else []
+    graph = helper.make_graph(
+        nodes,
+        "model",
+        [value("x", TensorProto.FLOAT, [1, 3, size, size])],
+        [value("y", TensorProto.FLOAT, None), *others],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    return path
+
+
+def inputs() -> NDArray[np.float32]:
+    return np.random.default_rng(1).standard_normal((24, 3, SIZE, SIZE)).astype(np.float32)
+
+
+class OfTwoSizes(ArrayInputs):
+    """Inputs of two heights, one at a time."""
+
+    def batches(
+        self, batch_size: int, indices: NDArray[np.int64] | None = None
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        for number, batch in enumerate(super().batches(1, indices)):
+            yield {"x": batch["x"][:, :, number % 2 :]}
+
+
+def builder_of(path: Path, target: str, source: type[ArrayInputs] = ArrayInputs) -> Builder:
+    model = load_float_model(path)
+    specs = [InputSpec(i.name, i.shape, i.dtype) for i in model.inputs]
+    return Builder(
+        model,
+        source({"x": inputs()}).bind(specs),
+        space=get_target(target).restrict(SearchSpace.preset("extended")),
+        target=get_target(target),
+        cache=None,
+        progress=lambda stage, done, total: None,
+    )
+
+
+def outputs(model: Path | bytes, *, optimized: bool = True) -> list[NDArray[np.float32]]:
+    """Every output for each input, one after the other."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = model if isinstance(model, bytes) else str(model)
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return [
+        np.stack(o)
+        for o in zip(*(session.run(None, {"x": x[None]}) for x in inputs()), strict=True)
+    ]
+
+
+def decibels(found: list[NDArray[np.float32]], expected: list[NDArray[np.float32]]) -> float:
+    ratios = [
+        np.square(a - b, dtype=np.float64).mean() / np.square(b, dtype=np.float64).mean()
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return float(-10.0 * np.log10(np.mean(ratios)))
