@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from functools import cached_property
@@ -15,6 +16,8 @@ from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.evaluator import Progress
 from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import calibrate
+from optuna_quantune.quantization.calibration import CalibrationStatistics
+from optuna_quantune.quantization.calibration import NotFiniteError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.equalization import equalize
 from optuna_quantune.quantization.fusion import separate
@@ -22,7 +25,10 @@ from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.placed_graph import PlacedGraph
+from optuna_quantune.quantization.placement import keep_float
+from optuna_quantune.quantization.placement import nodes_around
 from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.placement import Placement
 from optuna_quantune.quantization.probe import probe
 from optuna_quantune.quantization.probe import PROBE_INPUTS
 from optuna_quantune.quantization.quantizer import QuantizedModel
@@ -32,6 +38,9 @@ from optuna_quantune.quantization.sensitivity import float_order
 from optuna_quantune.quantization.weight_rounding import WeightRounding
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
+
+
+_logger = logging.getLogger(__name__)
 
 
 class Builder:
@@ -133,18 +142,7 @@ class Builder:
 
     def _make_quantizer(self, *, equalized: bool) -> Quantizer:
         model = equalize(self._model, self._calibration) if equalized else self._model
-        placements = [place(model)]
-        if "off" in self._choices("fusion", default="runtime"):
-            placements.append(separate(placements[0], model.proto.graph))
-        default = QuantizationConfig().calibration_images
-        statistics = calibrate(
-            model,
-            self._calibration,
-            required_activations(*placements),
-            sizes=[default, *self._choices("calibration_images", default=default)],
-            cache=self._cache,
-            progress=lambda done, total: self._progress("calibration", done, total),
-        )
+        placement, statistics = self._calibrated(model)
         return Quantizer(
             model,
             statistics,
@@ -152,8 +150,43 @@ class Builder:
             bias_correction=BiasCorrection(model, self._calibration),
             weight_rounding=WeightRounding(model, self._calibration),
             equalized=equalized,
-            placement=placements[0],
+            placement=placement,
         )
+
+    def _calibrated(self, model: FloatModel) -> tuple[Placement, CalibrationStatistics]:
+        """Where the pairs of a model stand, and the statistics of what they round.
+
+        What is infinite, as behind a mask, has none: the nodes around it are kept in float.
+        """
+        placement = place(model)
+        default = QuantizationConfig().calibration_images
+        ends = {spec.name for spec in (*model.inputs, *model.outputs)}
+        first: NotFiniteError | None = None
+        while True:
+            placements = [placement]
+            if "off" in self._choices("fusion", default="runtime"):
+                placements.append(separate(placement, model.proto.graph))
+            try:
+                return placement, calibrate(
+                    model,
+                    self._calibration,
+                    required_activations(*placements),
+                    sizes=[default, *self._choices("calibration_images", default=default)],
+                    cache=self._cache,
+                    progress=lambda done, total: self._progress("calibration", done, total),
+                )
+            except NotFiniteError as error:
+                first = first or error
+                around = nodes_around(model.proto.graph, error.tensor)
+                kept = keep_float(placement, model, around)
+                unchanged = len(kept.activations) == len(placement.activations)
+                if unchanged or error.tensor in ends or not error.is_number:
+                    raise first from None
+                _logger.warning(
+                    f"Activation {error.tensor!r} is not finite for some calibration input, as "
+                    f"behind a mask: {', '.join(map(repr, around))} stay in float."
+                )
+                placement = kept
 
     def _noise(self, *, equalized: bool) -> NoiseModel:
         with self._lock:

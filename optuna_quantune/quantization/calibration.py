@@ -73,6 +73,22 @@ _BATCH_VALUES: Final = 1 << 22
 _SAVE_SECONDS: Final = 10.0
 
 
+class NotFiniteError(InputError):
+    """An activation is not finite for some calibration input.
+
+    Attributes:
+        tensor: Its name.
+        is_number: Whether it is infinite there, as behind a mask, and no worse.
+    """
+
+    def __init__(self, tensor: str, *, is_number: bool) -> None:
+        super().__init__(
+            f"activation {tensor!r}: not finite for some calibration input; "
+            "check the preprocessing and the float model"
+        )
+        self.tensor, self.is_number = tensor, is_number
+
+
 class CalibrationInputs(Protocol):
     """What calibration needs of its inputs."""
 
@@ -152,7 +168,8 @@ def calibrate(
         progress: Called after every batch with the inputs done and the inputs in all.
 
     Raises:
-        InputError: If an activation is not finite for some input, or the model cannot be run.
+        NotFiniteError: If an activation is not finite for some input.
+        InputError: If the model cannot be run.
     """
     total = len(inputs)
     bounds = tuple(sorted({total if s == "all" else min(int(s), total) for s in sizes} | {total}))
@@ -281,10 +298,7 @@ class _Counting:
     def _add(self, observations: Sequence[Observation], inputs: int) -> None:
         for seen in observations:
             if not seen.finite:
-                raise InputError(
-                    f"activation {seen.tensor!r}: not finite for some calibration input; "
-                    "check the preprocessing and the float model"
-                )
+                raise NotFiniteError(seen.tensor, is_number=seen.is_number)
             counter = self._current[seen.tensor]
             counter.add(seen.sample, weight=seen.weight)
             counter.add(seen.tails)

@@ -84,8 +84,12 @@ class Observation:
     @property
     def finite(self) -> bool:
         """Whether all values of the activation are finite."""
-        parts = (self.tails, self.sample) if self.weight == 1 else (self.tails,)
-        return all(bool(np.isfinite(part).all()) for part in parts)
+        return all(bool(np.isfinite(part).all()) for part in (self.tails, self.sample))
+
+    @property
+    def is_number(self) -> bool:
+        """Whether all its values are numbers, infinite ones included."""
+        return not any(np.isnan(part).any() for part in (self.tails, self.sample))
 
 
 class Observer:

@@ -65,7 +65,7 @@ MOVING_OPS: Final = frozenset(
     {"AveragePool", "Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 # What ``quantize_static`` quantizes at all.
-_QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
+QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
 # Layers whose integer kernels can give float results (``QGemm``, ``MatMulIntegerToFloat``).
 FLOAT_RESULT_OPS: Final = ("Gemm", "MatMul")
 ACTIVATION_OPS: Final = ("Clip", "Relu")
@@ -215,6 +215,14 @@ def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[st
     return _without_unused(placement, template, _shielded(kept, pairs.float_nodes), model)
 
 
+def nodes_around(graph: onnx.GraphProto, tensor: str) -> list[str]:
+    """Names of the node that writes a tensor and of those that read it."""
+    view = GraphView(graph)
+    writer = view.writers.get(tensor)
+    nodes = [*([writer] if writer is not None else []), *view.readers.get(tensor, [])]
+    return list(dict.fromkeys(node.name for node in nodes))
+
+
 def keep_normalizations(placement: Placement, model: FloatModel) -> Placement:
     """Gives normalizations their factors and offsets as floats.
 
@@ -297,7 +305,7 @@ class _Pairs:
         return all(node.name in self.float_nodes for node in self._view.readers[constant])
 
     def _computes_with_integers(self, node: onnx.NodeProto) -> bool:
-        if node.name in self.float_nodes or node.op_type not in _QUANTIZED_OPS:
+        if node.name in self.float_nodes or node.op_type not in QUANTIZED_OPS:
             return False
         activations = [name for name in node.input if name in self.nodes]
         if node.op_type in ACTIVATION_OPS:
@@ -311,7 +319,7 @@ def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> se
     view = GraphView(graph)
 
     def in_float(node: onnx.NodeProto) -> bool:
-        return node.name in found or node.op_type not in _QUANTIZED_OPS
+        return node.name in found or node.op_type not in QUANTIZED_OPS
 
     for node in graph.node:
         if node.op_type in MOVING_OPS:
@@ -330,10 +338,19 @@ def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> se
 def _always_float(graph: onnx.GraphProto) -> list[str]:
     """Names of the nodes that ONNX Runtime would get wrong with integers, or not quantize."""
     constants = {tensor.name for tensor in graph.initializer}
+    infinite = {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+        and not np.isfinite(numpy_helper.to_array(tensor)).all()
+    }
     return [
         node.name
         for node in graph.node
-        if _interpolates(node) or _averages_beyond(node) or _has_odd_bias(node, constants)
+        if _interpolates(node)
+        or _averages_beyond(node)
+        or _has_odd_bias(node, constants)
+        or infinite.intersection(node.input)
     ]
 
 

@@ -49,6 +49,8 @@ _VALUE_BUDGET: Final = 300_000_000
 _CLIPPED_SHARE: Final = 1e-3
 # Clipping that is a smaller share of every configuration's noise is not probed.
 _NEGLIGIBLE: Final = 0.003
+# Changes of an output beyond so many times its largest value count as that.
+_LARGEST_CHANGE: Final = 10.0
 # Simulations of whole configurations that are expected to be asked for, which share the budget.
 _JOINT_RUNS: Final = 64
 _FEWEST_JOINT: Final = 8
@@ -270,9 +272,19 @@ class _Outputs:
         names = self._model.names
         reference = [values[name] for name in names]
         change = _differences(names, self._model.run(disturbance, values), reference)
+        change = [_limited(*pair) for pair in zip(change, reference, strict=True)]
         powers = np.array([_power(output) for output in change])
         share = _scaling(change[0], reference[0]) / powers[0] if powers[0] > 0.0 else 0.0
         gains.add(name, power_in, powers, share)
+
+
+def _limited(change: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A change of an output, no larger than a few times its values.
+
+    What was a little above 0 is not after rounding: its logarithm or root is no number then.
+    """
+    limit = _LARGEST_CHANGE * float(np.abs(reference).max(initial=0.0))
+    return np.clip(np.nan_to_num(change, nan=limit, posinf=limit, neginf=-limit), -limit, limit)
 
 
 def _scaling(change: NDArray[np.float32], reference: NDArray[np.float32]) -> float:

@@ -41,6 +41,7 @@ from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
+from optuna_quantune.quantization.islands import between_float_nodes
 from optuna_quantune.quantization.kernels import adapt
 from optuna_quantune.quantization.kernels import OWN_DOMAIN
 from optuna_quantune.quantization.lint import live_weights
@@ -317,8 +318,9 @@ class Quantizer:
         """Names of the nodes that have no pairs in any configuration."""
         if not self.representation.for_kernels:
             return ()
-        gelus = find_gelus(self.model.proto.graph)
-        return tuple(node.name for gelu in gelus for node in gelu.nodes)
+        graph = self.model.proto.graph
+        gelus = tuple(node.name for gelu in find_gelus(graph) for node in gelu.nodes)
+        return gelus + between_float_nodes(graph, gelus)
 
     def weight_error(
         self, layer: Layer, parameters: QuantizationParameters

@@ -29,8 +29,8 @@ def enumerate_codes(encoding: SpaceEncoding) -> Codes:
     Returns:
         float64 of shape (encoding.size, n_params).
     """
-    indices = np.indices(tuple(encoding.n_values), dtype=np.int32)
-    return indices.reshape(encoding.n_params, -1).T.astype(np.float64)
+    ranks = np.arange(encoding.size, dtype=np.int64)
+    return (ranks[:, None] // encoding.strides % encoding.n_values).astype(np.float64)
 
 
 def random_codes(encoding: SpaceEncoding, n: int, rng: np.random.RandomState) -> Codes:

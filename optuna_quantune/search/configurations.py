@@ -34,6 +34,7 @@ from optuna_quantune.search.encoding import SpaceEncoding
 from optuna_quantune.search.prior import first_look
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.search.targets import center_and_spread
+from optuna_quantune.search.targets import LARGEST
 from optuna_quantune.search.transfer import normal_scores
 from optuna_quantune.search.transfer import Transfer
 
@@ -378,9 +379,7 @@ class Configurations:
         """What the sources say; made after the reference was described, as it needs the names."""
         if not self._sources:
             return None
-        transfer = Transfer(
-            self._sources, self.encoding, self._feature_names, self._prior_column, self._signs[0]
-        )
+        transfer = Transfer(self._sources, self.encoding, self._feature_names, self._prior_column)
         return None if transfer.is_empty else transfer
 
     @cached_property
@@ -435,7 +434,7 @@ class Configurations:
         key = codes.tobytes()
         if key not in self._raw_features:
             assert self._features is not None
-            named = self._features(self._params(codes))
+            named = _numbers(self._features(self._params(codes)))
             names = tuple(sorted(named))
             if not self._raw_features:
                 self._feature_names = names
@@ -445,12 +444,27 @@ class Configurations:
                     f"features: {different} given for some configurations only; give every "
                     "configuration the same names (NaN where a number is unknown)"
                 )
-            numbers = (float(named[name]) for name in names)
-            self._raw_features[key] = tuple(x if math.isfinite(x) else math.nan for x in numbers)
+            self._raw_features[key] = tuple(named[name] for name in names)
         return self._raw_features[key]
 
     def _params(self, codes: Codes) -> dict[str, Any]:
         return {**self._constants, **self.encoding.decode(codes)}
+
+
+def _numbers(named: object) -> dict[str, float]:
+    """What the user's function gave as numbers, NaN where they are unknown or infinite."""
+    if not isinstance(named, Mapping):
+        raise InputError(f"features: it gave {named!r}; give a mapping from names to numbers")
+    numbers = {}
+    for name, value in named.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(f"features: {name!r} is {value!r}; give a number, or NaN") from None
+        if not isinstance(name, str):
+            raise InputError(f"features: the name {name!r} is no string; name features by strings")
+        numbers[name] = min(max(number, -LARGEST), LARGEST) if math.isfinite(number) else math.nan
+    return numbers
 
 
 def _filled(

@@ -20,6 +20,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
+from optuna_quantune.errors import InputError
+
 
 # Length scale of the Matérn 5/2 similarity of two values of a numerical parameter, in units of the
 # parameter's range; the surrogate's products of similarities make it locally shorter.
@@ -27,6 +29,8 @@ _LENGTH_SCALE = 0.4
 # Knots that carry the similarity of a numerical parameter with more values than that. Matérn 5/2
 # is smooth: with knots at 1/6 of the length scale the approximation error is below 1e-3.
 _MAX_KNOTS = 16
+# Codes are float64, which cannot tell more integers apart.
+_MAX_VALUES = 2**53
 
 
 class SpaceEncoding:
@@ -42,12 +46,21 @@ class SpaceEncoding:
         n_values: How many values each parameter has, 0 for a continuous one; int64 of shape
             (n_params,).
         size: How many configurations the space has; ``math.inf`` with a continuous parameter.
+
+    Raises:
+        InputError: If a parameter has more values than a float64 can count.
     """
 
     def __init__(self, search_space: Mapping[str, BaseDistribution]) -> None:
         self.names = tuple(sorted(search_space))
         self.name_set = frozenset(search_space)
-        self.distributions = tuple(search_space[name] for name in self.names)
+        self.distributions = tuple(_distinct(search_space[name]) for name in self.names)
+        for name, distribution in zip(self.names, self.distributions, strict=True):
+            if _n_values(distribution) > _MAX_VALUES:
+                raise InputError(
+                    f"search_space[{name!r}]: {distribution!r} has more than 2**53 values; make "
+                    "its step coarser, or let it be a float without a step"
+                )
         self.n_values = np.array([_n_values(d) for d in self.distributions], dtype=np.int64)
         self.size = (
             math.inf if np.any(self.n_values == 0) else math.prod(int(k) for k in self.n_values)
@@ -63,6 +76,11 @@ class SpaceEncoding:
     def n_params(self) -> int:
         """The number of parameters."""
         return len(self.names)
+
+    @property
+    def strides(self) -> NDArray[np.int64]:
+        """How far apart in rank neighbouring values of each parameter of a finite space are."""
+        return np.append(np.cumprod(self.n_values[:0:-1])[::-1], 1)
 
     def is_categorical(self, column: int) -> bool:
         """Whether the values of a parameter have no order."""
@@ -102,9 +120,7 @@ class SpaceEncoding:
 
     def flat_index(self, codes: NDArray[np.float64]) -> NDArray[np.int64]:
         """The rank of configurations of a finite space in lexicographic order of their codes."""
-        shape = tuple(int(k) for k in self.n_values)
-        indices = np.ravel_multi_index(tuple(codes.T.astype(np.int64)), shape)
-        return np.asarray(indices, dtype=np.int64)
+        return np.asarray(codes.astype(np.int64) @ self.strides)
 
     def decode(self, codes: NDArray[np.float64]) -> dict[str, Any]:
         """The parameter values, native Python objects, of one row of codes."""
@@ -156,6 +172,15 @@ class SpaceEncoding:
             else:
                 blocks.append(self.positions(codes, column)[:, None].astype(np.float32))
         return np.concatenate(blocks, axis=1)
+
+
+def _distinct(distribution: BaseDistribution) -> BaseDistribution:
+    """Choices that compare equal, as True and 1 do, are one: Optuna stores the first of them."""
+    if not isinstance(distribution, CategoricalDistribution):
+        return distribution
+    choices = distribution.choices
+    first = [c for index, c in enumerate(choices) if distribution.to_internal_repr(c) == index]
+    return distribution if len(first) == len(choices) else CategoricalDistribution(first)
 
 
 def _n_values(distribution: BaseDistribution) -> int:

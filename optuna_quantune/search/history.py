@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from typing import TYPE_CHECKING
 from typing import TypeAlias
@@ -16,6 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_quantune.search.pruner import RUNGS_KEY
+from optuna_quantune.search.targets import LARGEST
 
 
 if TYPE_CHECKING:
@@ -45,11 +48,13 @@ class History:
             ones, 0 for complete trials, inf where it is unknown; float64 of shape (n_trials,).
         constraints: Constraint values by name (feasible when at most 0), NaN where a trial set
             none, each float64 of shape (n_trials,).
-        failed: Codes of failed trials, float64 of shape (n_failed, n_params).
+        failed: Codes of failed trials and of those that were pruned before any report, float64 of
+            shape (n_failed, n_params).
         pending: Codes of running and enqueued trials, float64 of shape (n_pending, n_params).
         seen: Codes that determine a whole configuration that is measured, failed or pending,
             float64 of shape (n_seen, n_params). A trial with parameters beyond the space, as in
-            a conditional one, is not among them: it is one of many with the same codes.
+            a conditional one, is not among them: it is one of many with the same codes. Those
+            that are set from outside, and have the same value there, do not count as beyond.
         finished: Numbers of the trials that had finished.
     """
 
@@ -71,14 +76,26 @@ class History:
         return result
 
 
-def read_history(study: Study, encoding: SpaceEncoding, current: int | None) -> History:
+def read_history(
+    study: Study,
+    encoding: SpaceEncoding,
+    current: int | None,
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+) -> History:
     """Reads all trials of the study except the one with the number ``current``.
 
     Trials that lack a parameter of the space, or have a value outside it, are left out. A trial
     that was stopped early, or is still running, counts as its latest estimate (`RUNGS_KEY`) with
     the uncertainty that this says. Without one, a pruned trial counts as its last intermediate
     value, but as no better than the median of the complete ones, and of unknown uncertainty: that
-    it was stopped says so much and no more.
+    it was stopped says so much and no more. One that was pruned before it reported anything counts
+    as failed: so objectives reject configurations that cannot be run.
+
+    Args:
+        study: The study.
+        encoding: The space.
+        current: The number of the trial that is left out.
+        fixed: Values of parameters that are set from outside.
     """
     # As in GridSampler: pruners such as HyperbandPruner hide trials from study.get_trials, and a
     # cached list would miss what other processes are running.
@@ -92,7 +109,7 @@ def read_history(study: Study, encoding: SpaceEncoding, current: int | None) -> 
         codes = encoding.encode(configuration_of(trial, encoding))
         if codes is None:
             continue
-        if _is_whole(trial, encoding):
+        if _is_whole(trial, encoding, fixed):
             seen.append(codes)
         if trial.state == TrialState.FAIL:
             failed.append(codes)
@@ -102,16 +119,18 @@ def read_history(study: Study, encoding: SpaceEncoding, current: int | None) -> 
             pending.append(codes)
         elif trial.intermediate_values:
             informative.append((trial, codes))
+        elif trial.params:  # else it was never begun, as an enqueued duplicate
+            failed.append(codes)
     complete = [t.values for t, _ in informative if t.state == TrialState.COMPLETE]
-    middle = np.median(sign * np.array(complete, dtype=float), axis=0) if complete else -np.inf
+    middle = _finite_median(sign * _rows(complete, len(sign)))
     outcomes = [_outcome(trial, sign, middle) for trial, _ in informative]
     names = sorted({name for trial, _ in informative for name in trial.constraints})
     return History(
         codes=_rows([codes for _, codes in informative], encoding.n_params),
-        values=_rows([values for values, _ in outcomes], len(sign)),
+        values=_clipped(_rows([values for values, _ in outcomes], len(sign))),
         noise=np.array([noise for _, noise in outcomes], dtype=np.float64),
         constraints={
-            name: np.array([t.constraints.get(name, np.nan) for t, _ in informative])
+            name: _clipped(np.array([t.constraints.get(name, np.nan) for t, _ in informative]))
             for name in names
         },
         failed=_rows(failed, encoding.n_params),
@@ -122,7 +141,12 @@ def read_history(study: Study, encoding: SpaceEncoding, current: int | None) -> 
 
 
 def is_taken(
-    study: Study, encoding: SpaceEncoding, codes: Array, current: int, known: frozenset[int]
+    study: Study,
+    encoding: SpaceEncoding,
+    codes: Array,
+    current: int,
+    known: frozenset[int],
+    fixed: Mapping[str, Any] = MappingProxyType({}),
 ) -> bool:
     """Whether a trial that was not yet known has published or measured a configuration.
 
@@ -135,11 +159,13 @@ def is_taken(
         codes: The configuration, float64 of shape (n_params,).
         current: The number of the trial that asks.
         known: Numbers of the trials that need not be looked at again.
+        fixed: Values of parameters that are set from outside.
     """
     return any(
         np.array_equal(other, codes)
         for trial in study._storage.get_all_trials(study._study_id, deepcopy=False)
-        if trial.number != current and trial.number not in known and _is_whole(trial, encoding)
+        if trial.number != current and trial.number not in known
+        if _is_whole(trial, encoding, fixed)
         if (other := encoding.encode(configuration_of(trial, encoding))) is not None
     )
 
@@ -197,9 +223,12 @@ def _plan(trial: FrozenTrial) -> dict[str, Any]:
     return plan
 
 
-def _is_whole(trial: FrozenTrial, encoding: SpaceEncoding) -> bool:
+def _is_whole(trial: FrozenTrial, encoding: SpaceEncoding, fixed: Mapping[str, Any]) -> bool:
     others = trial.params.keys() - encoding.name_set
-    return all(trial.distributions[name].single() for name in others)
+    return all(
+        trial.distributions[name].single() or (name in fixed and trial.params[name] == fixed[name])
+        for name in others
+    )
 
 
 def _estimate(trial: FrozenTrial, n_objectives: int) -> tuple[float, float] | None:
@@ -211,7 +240,7 @@ def _estimate(trial: FrozenTrial, n_objectives: int) -> tuple[float, float] | No
     return float(value), max(float(high) - float(low), 0.0) / (2.0 * _INTERVAL)
 
 
-def _outcome(trial: FrozenTrial, sign: Array, middle: Array | float) -> tuple[Array, float]:
+def _outcome(trial: FrozenTrial, sign: Array, middle: Array) -> tuple[Array, float]:
     """The values of a trial, to be minimised, and the noise of the first."""
     if trial.state == TrialState.COMPLETE:
         return sign * np.array(trial.values, dtype=float), 0.0
@@ -222,5 +251,15 @@ def _outcome(trial: FrozenTrial, sign: Array, middle: Array | float) -> tuple[Ar
     return np.where(np.isnan(last), np.inf, np.maximum(last, middle)), math.inf
 
 
-def _rows(rows: list[Array], n_columns: int) -> Array:
+def _finite_median(values: Array) -> Array:
+    """The median of the finite values of each column, -inf where there is none."""
+    columns = [column[np.isfinite(column)] for column in _clipped(values).T]
+    return np.array([np.median(c) if len(c) else -np.inf for c in columns], dtype=np.float64)
+
+
+def _clipped(values: Array) -> Array:
+    return np.where(np.isinf(values), values, np.clip(values, -LARGEST, LARGEST))
+
+
+def _rows(rows: Sequence[Sequence[float] | Array], n_columns: int) -> Array:
     return np.array(rows, dtype=np.float64).reshape(len(rows), n_columns)

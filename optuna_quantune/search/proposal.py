@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_quantune.errors import InputError
 from optuna_quantune.search.candidates import Codes
 from optuna_quantune.search.candidates import emptiness
 from optuna_quantune.search.candidates import neighbours
@@ -79,10 +80,22 @@ class Proposer:
 
         Returns:
             Its codes, float64 of shape (n_params,), or ``None`` when there is none left.
+
+        Raises:
+            InputError: If no valid configuration of a large space is found.
         """
         configurations = self._configurations
         space = configurations.all if configurations.is_enumerable else self._drawn()
         rows = np.flatnonzero(self._is_admissible(space.codes))
+        if len(rows) == 0 and not configurations.is_enumerable:
+            is_any_valid = len(space) > 0
+            space = self._promising()
+            rows = np.arange(len(space))
+            if len(rows) == 0 and not is_any_valid and not self._fixed:
+                raise InputError(
+                    "valid: it rejects all configurations that were drawn from the search space, "
+                    "and candidates are all used up; accept more or name more as candidates"
+                )
         if len(rows) == 0:
             return None
         n_known = len(self._history.codes)

@@ -71,7 +71,8 @@ class QuantuneSampler(BaseSampler):
     It works with any search space (categorical, int, float, log, step), with several objectives
     (a random augmented Tchebycheff scalarisation for each trial), constraints
     (:meth:`optuna.trial.Trial.set_constraint`), pruned, failed, enqueued and concurrently running
-    trials. Failed trials are not proposed again, and regions that fail are avoided.
+    trials. Failed trials are not proposed again, and regions that fail are avoided; a trial that
+    raises :exc:`optuna.TrialPruned` before it has reported anything counts as failed.
 
     Example:
 
@@ -110,14 +111,16 @@ class QuantuneSampler(BaseSampler):
             ``prior`` (:data:`PRIOR_FEATURE`) is an estimate of the objective's first value, on its
             scale or rising and falling with it; the first trial is the one with the best prior.
             ``prior_2``, ``prior_3`` and so on are those of the other values, if there are several.
-            ``prior:NAME`` is one of the constraint NAME, which a trial keeps when it is at most 0.
+            ``prior:NAME`` is one of the constraint NAME, which a trial keeps when it is at most 0;
+            it is ignored, with a warning, when complete trials have set no such constraint.
             Numbers that are the same for all configurations describe the task, for later studies
             that learn from this one. Spaces of more than 512 configurations are sketched from
             some hundreds of them, and about a hundred are considered for each trial.
         valid: Whether a configuration can be run, called with its parameters. Others are never
             proposed.
         candidates: Configurations that are worth looking at in a space too large to look at all of
-            it, such as those of :func:`knapsack_front`; called once.
+            it, such as those of :func:`knapsack_front`, or in which hardly any is valid; called
+            once.
         source_studies: Earlier studies of related tasks, Optuna's or recorded ones, with the same
             or other search spaces, on the same or other scales; they are read once. They decide
             the first trials, and are believed as far as the trials of this study bear them out.
@@ -131,7 +134,8 @@ class QuantuneSampler(BaseSampler):
         warn_independent_sampling: Whether to warn when that sampler is used.
 
     Raises:
-        InputError: If a value of ``search_space`` is not a distribution.
+        InputError: If a value of ``search_space`` is not a distribution, or an item of
+            ``source_studies`` not a study.
     """
 
     def __init__(
@@ -153,6 +157,12 @@ class QuantuneSampler(BaseSampler):
                 raise InputError(
                     f"search_space[{name!r}]: {distribution!r} is not an Optuna distribution; "
                     "use one of optuna.distributions"
+                )
+        source_studies = tuple(source_studies)
+        for source in source_studies:
+            if not isinstance(source, (SourceStudy, optuna.Study)):
+                raise InputError(
+                    f"source_studies: {source!r} is neither a Study nor a SourceStudy"
                 )
         self._search_space = None if search_space is None else dict(search_space)
         self._features = features
@@ -189,13 +199,14 @@ class QuantuneSampler(BaseSampler):
 
         Raises:
             SearchSpaceExhausted: If every configuration of the search space has been proposed.
+            InputError: If no valid configuration is found.
         """
         if not search_space:
             return {}
         fixed = _fixed_params(study, trial)
         configurations = self._configurations_of(study, search_space, fixed)
         while True:
-            history = read_history(study, configurations.encoding, trial.number)
+            history = read_history(study, configurations.encoding, trial.number, fixed)
             avoid_seen = not self._allow_duplicates
             codes = self._proposer(study, configurations, history, fixed, avoid_seen).choose()
             if codes is None and self._search_space is None:
@@ -206,13 +217,13 @@ class QuantuneSampler(BaseSampler):
                 if "fixed_params" not in trial.system_attrs:
                     _stop(study)
                 raise SearchSpaceExhausted(
-                    "every configuration that this trial could take has been proposed before; "
-                    "QuantuneSampler(allow_duplicates=True) proposes them again"
+                    "every configuration that this trial could take has been proposed before, or "
+                    "is not valid; QuantuneSampler(allow_duplicates=True) proposes them again"
                 )
             params = configurations.encoding.decode(codes)
             publish_plan(study, trial, params, configurations.named_features(codes))
             if not avoid_seen or not is_taken(
-                study, configurations.encoding, codes, trial.number, history.finished
+                study, configurations.encoding, codes, trial.number, history.finished, fixed
             ):
                 return {name: params[name] for name in search_space}
             # Whoever shares a plan withdraws it, lest both keep it, and tries again.
@@ -300,10 +311,9 @@ class QuantuneSampler(BaseSampler):
         constants = {name: value for name, value in fixed.items() if name not in search_space}
         signs = tuple(-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions)
         key = (repr(sorted(search_space.items())), repr(sorted(constants.items())), signs)
-        if key not in self._configurations:
-            if len(self._configurations) >= _MAX_CACHED_SPACES:
-                self._configurations.clear()
-            self._configurations[key] = Configurations(
+        configurations = self._configurations.pop(key, None)
+        if configurations is None:
+            configurations = Configurations(
                 search_space,
                 self._features,
                 self._valid,
@@ -312,7 +322,10 @@ class QuantuneSampler(BaseSampler):
                 sources=self._sources,
                 suggest=self._candidates,
             )
-        return self._configurations[key]
+        self._configurations[key] = configurations  # the last one is the latest used
+        for oldest in list(self._configurations)[:-_MAX_CACHED_SPACES]:
+            self._configurations.pop(oldest, None)
+        return configurations
 
 
 def _fixed_params(study: Study, trial: FrozenTrial) -> dict[str, Any]:

@@ -10,6 +10,7 @@ decide between them. What is guessed of constraints does likewise.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import TypeAlias
@@ -21,6 +22,7 @@ from optuna_quantune.search.acquisition import log_expected_improvement
 from optuna_quantune.search.acquisition import log_probability_below
 from optuna_quantune.search.configurations import Candidates
 from optuna_quantune.search.configurations import Configurations
+from optuna_quantune.search.configurations import CONSTRAINT_PRIOR
 from optuna_quantune.search.configurations import Described
 from optuna_quantune.search.configurations import Guesses
 from optuna_quantune.search.expectations import before_trials
@@ -34,8 +36,9 @@ from optuna_quantune.search.targets import TargetTransform
 
 Array: TypeAlias = NDArray[np.float64]
 
-# Trials that the surrogate of the objectives is fitted to at most, as its cost grows with their
-# cube: half of them the best, half the latest of the rest.
+# Trials that a surrogate is fitted to at most, as its cost grows with their cube: half of them the
+# best, or nearest to the limit of a constraint, half the latest of the rest. As many running and
+# enqueued ones count at most.
 _MAX_TRIALS = 300
 # Belief, before any trial, in the mean function that nothing is known; 1 in each guess.
 _BELIEF_IN_NOTHING = 0.2
@@ -55,6 +58,7 @@ class Scorer:
     def __init__(self, configurations: Configurations, history: History, weights: Array) -> None:
         self._configurations = configurations
         self._n_params = configurations.encoding.n_params
+        history = replace(history, pending=history.pending[:_MAX_TRIALS])
         trials, running = self._described(history.codes), self._described(history.pending)
         self._fit_limits(history, trials, self._described(history.failed), _inputs(running))
         if len(trials) == 0 and len(weights) == 1:
@@ -138,6 +142,13 @@ class Scorer:
             values = history.constraints.get(name, unknown)
             known = ~np.isnan(values)
             column = guessed.index(name) if name in guessed else None
+            if column is not None and not known.any() and np.any(history.noise == 0.0):
+                warnings.warn(
+                    f"features: {CONSTRAINT_PRIOR + name!r} guesses a constraint that no complete "
+                    "trial has set by Trial.set_constraint; it is ignored",
+                    stacklevel=2,
+                )
+                continue
             if column is None and not np.any(values[known] > 0.0):
                 continue  # as far as is known, all keep it
             reference = self._configurations.reference.guesses.limits
@@ -151,6 +162,8 @@ class Scorer:
                 )
             )
         if len(failed) and len(trials):
+            n_failed = min(len(failed), max(_MAX_TRIALS // 2, _MAX_TRIALS - len(trials)))
+            trials, failed = _latest(trials, _MAX_TRIALS - n_failed), _latest(failed, n_failed)
             inputs = _inputs(trials).append(_inputs(failed))
             targets = np.repeat([-1.0, 1.0], [len(trials), len(failed)])
             surrogate = Surrogate(inputs, targets, self._n_params, pending=pending)
@@ -187,12 +200,15 @@ class _Limit:
 
         Args:
             trials: The trials.
-            values: Their values, float64 of shape (n_trials,).
+            values: Their values, infinities allowed, float64 of shape (n_trials,).
             guess: The column of its guess and the guess over the space, if it is guessed.
             n_params: The number of parameters.
             pending: Configurations that are being measured.
         """
-        scale = float(np.median(np.abs(values[values != 0.0]))) if values.any() else 1.0
+        sizes = np.abs(values[np.isfinite(values) & (values != 0.0)])
+        scale = float(np.median(sizes)) if len(sizes) else 1.0
+        largest = sizes.max(initial=scale)
+        values = np.clip(values, -largest, largest)  # an infinite value is as bad as the worst
         limit = cls(None, scale=scale)
         if guess is not None:
             column, reference = guess
@@ -200,6 +216,8 @@ class _Limit:
             limit = replace(limit, column=column, line=line)
         if len(trials) == 0:
             return limit
+        rows = _best_and_latest(np.abs(values))
+        trials, values = trials[rows], values[rows]
         means = limit._means(trials.guesses)
         surrogate = Surrogate(
             _inputs(trials),
@@ -256,6 +274,10 @@ def _as_guessed(history: History, running: Described) -> History:
         constraints={},
         pending=history.codes,
     )
+
+
+def _latest(described: Described, n: int) -> Described:
+    return described[np.arange(max(len(described) - n, 0), len(described))]
 
 
 def _best_and_latest(targets: Array) -> NDArray[np.int64]:

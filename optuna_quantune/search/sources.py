@@ -40,7 +40,8 @@ class SourceStudy:
             describes its task.
 
     Raises:
-        InputError: If the three are not of one length, or a value is NaN.
+        InputError: If the direction is neither of the two, the others are not of one length, or a
+            value is NaN.
     """
 
     name: str
@@ -50,6 +51,11 @@ class SourceStudy:
     features: tuple[Mapping[str, float], ...]
 
     def __post_init__(self) -> None:
+        if self.direction not in {"minimize", "maximize"}:
+            raise InputError(
+                f"source study {self.name!r}: the direction {self.direction!r} is neither "
+                "'minimize' nor 'maximize'"
+            )
         if not len(self.params) == len(self.values) == len(self.features):
             raise InputError(
                 f"source study {self.name!r}: {len(self.params)} params, {len(self.values)} "

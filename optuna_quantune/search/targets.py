@@ -12,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+# What larger finite numbers count as: their squares are finite, and float32 holds them.
+LARGEST = 1e30
+
+
 @dataclass(frozen=True)
 class TargetTransform:
     """Standardises values to be minimised, and compresses those far worse than the median.

@@ -27,6 +27,7 @@ from scipy.special import ndtri
 from optuna_quantune.search.encoding import SpaceEncoding
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.search.targets import center_and_spread
+from optuna_quantune.search.targets import LARGEST
 
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ class Transfer:
         encoding: The search space.
         feature_names: Names of this study's features, the columns of ``features`` below.
         prior_column: Which of them is the prior, if there is one.
-        sign: -1 where that is of an objective that is maximised, else 1.
     """
 
     def __init__(
@@ -86,19 +86,19 @@ class Transfer:
         encoding: SpaceEncoding,
         feature_names: Sequence[str],
         prior_column: int | None,
-        sign: float = 1.0,
     ) -> None:
         self._uses_features = prior_column is None
-        self._sources = [
-            _prepare(source, encoding, feature_names, prior_column, sign)
+        prepared = [
+            _prepare(source, encoding, feature_names, prior_column)
             for source in sources
             if len(source.values) >= _MIN_TRIALS
         ]
+        self._sources = [source for source in prepared if source is not None]
         self._trust = _trust(self._sources)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no source had enough trials."""
+        """Whether no source says anything about this space."""
         return not self._sources
 
     def guess(self, trees: NDArray[np.float32], features: Array, prior: Array | None) -> Array:
@@ -144,11 +144,10 @@ def _prepare(
     encoding: SpaceEncoding,
     feature_names: Sequence[str],
     prior_column: int | None,
-    sign: float,
-) -> _Source:
-    values = np.array(source.values, dtype=np.float64)
-    if source.direction == "maximize":
-        values = -values
+) -> _Source | None:
+    """The source in the terms of this space; None if it says nothing about it."""
+    sign = -1.0 if source.direction == "maximize" else 1.0
+    values = sign * np.array(source.values, dtype=np.float64)
     codes = np.full((len(values), encoding.n_params), np.nan)
     for row, params in enumerate(source.params):
         for column, code in encoding.encode_columns(params).items():
@@ -159,7 +158,11 @@ def _prepare(
         dtype=np.float64,
     ).reshape(len(values), len(feature_names))
     features[~np.isfinite(features)] = np.nan
+    features = np.clip(features, -LARGEST, LARGEST)
     residual = normal_scores(values, values)
+    shared = codes if prior_column is not None else np.concatenate([codes, features], axis=1)
+    if np.isnan(shared).all() or np.isinf(values).all() or np.ptp(residual) == 0.0:
+        return None
     has_prior = False
     if prior_column is None:
         center, spread = center_and_spread(features)

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from onnx import TensorProto
 
 from optuna_quantune.builder import Builder
+from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.quantization.config import QuantizationConfig
@@ -211,6 +212,55 @@ def summed_up() -> Case:
     return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
 
 
+def written_out_normalization() -> Case:
+    """A layer normalization as exporters wrote it before opset 17, of values near 0."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("ReduceMean", ["a"], ["mean"], "mean", axes=[1]),
+        make("Sub", ["a", "mean"], ["d"], "centre"),
+        make("Mul", ["d", "d"], ["s"], "square"),
+        make("ReduceMean", ["s"], ["v"], "variance", axes=[1]),
+        make("Add", ["v", "small"], ["e"], "epsilon"),
+        make("Sqrt", ["e"], ["q"], "root"),
+        make("Div", ["d", "q"], ["n"], "divide"),
+        make("Mul", ["n", "gamma"], ["m"], "factor"),
+        make("Add", ["m", "beta"], ["o"], "offset"),
+        make("Conv", ["o", "w2"], ["y"], "last"),
+    ]
+    constants = weights(w=(8, 3, 1, 1), b=(8,), gamma=(8, 1, 1), beta=(8, 1, 1), w2=(6, 8, 1, 1))
+    constants["w"] *= 1e-2
+    constants["b"] *= 1e-4
+    return nodes, constants | {"small": np.full(1, 1e-5, np.float32)}
+
+
+def masked() -> Case:
+    """Attention that does not look ahead: an infinity before the softmax, none behind it."""
+    nodes = [
+        make("MatMul", ["x", "w"], ["a"], "scores"),
+        make("Where", ["mask", "a", "nothing"], ["s"], "where"),
+        make("Softmax", ["s"], ["p"], "softmax", axis=-1),
+        make("MatMul", ["p", "w2"], ["y"], "last"),
+    ]
+    mask = {"mask": np.tri(SIZE, dtype=np.bool_), "nothing": np.full(1, -np.inf, np.float32)}
+    return nodes, weights(w=(SIZE, SIZE), w2=(SIZE, 6)) | mask
+
+
+def logarithm() -> Case:
+    """Of what rounding may bring down to 0."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Mul", ["a", "a"], ["s"], "square"),
+        make("Add", ["s", "small"], ["e"], "epsilon"),
+        make("Conv", ["e", "one"], ["c"], "same", group=8),
+        make("Abs", ["c"], ["p"], "positive"),
+        make("Log", ["p"], ["l"], "log"),
+        make("Conv", ["l", "w2"], ["y"], "last"),
+    ]
+    constants = weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
+    constants |= {"small": np.full(1, 1e-6, np.float32), "one": np.ones((8, 1, 1, 1), np.float32)}
+    return nodes, constants
+
+
 NORMALIZED = make(
     "BatchNormalization", ["f", "gamma", "beta", "mu", "var"], ["g"], "normalization"
 )
@@ -234,6 +284,8 @@ AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], stride
         (computed_weights, "cpu", [{}, {"granularity": "tensor"}]),
         (grouped_transposed_convolution, "cpu", [{}, {"granularity": "tensor"}]),
         (single_number, "cpu", [{}]),
+        (written_out_normalization, "cpu", [{}, {"granularity": "tensor"}]),
+        (masked, "cpu", [{}, {"equalization": True}]),
         (summed_up, "qnn", [{}, {"activation_bits": 16}]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -258,13 +310,32 @@ def test_an_unusual_graph_is_quantized_as_well_as_any_other(
         assert noise[1] == pytest.approx(predicted, abs=6.0), chosen
 
 
+def test_predictions_are_numbers_where_rounding_makes_infinities(tmp_path: Path) -> None:
+    builder = builder_of(save(*logarithm(), tmp_path / "model.onnx"), "cpu")
+    whole = builder.predict(QuantizationConfig(calibration_images="all")).features()
+    assert all(np.isfinite(number) for number in whole.values())
+    rest = builder.predict(QuantizationConfig(calibration_images="all", float_layers=2)).features()
+    assert rest["predicted_sqnr_db"] > whole["predicted_sqnr_db"] + 3.0
+
+
+def test_what_is_no_number_at_the_output_is_named(tmp_path: Path) -> None:
+    nodes = [
+        make("Conv", ["x", "w"], ["a"], "first"),
+        make("Log", ["a"], ["l"], "log"),
+        make("Conv", ["l", "w2"], ["y"], "last"),
+    ]
+    path = save(nodes, weights(w=(8, 3, 1, 1), w2=(6, 8, 1, 1)), tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="activation 'l': not finite"):
+        builder_of(path, "cpu").prepare()
+
+
 def test_bias_correction_says_that_it_needs_inputs_of_one_shape(tmp_path: Path) -> None:
     """Other knobs do not."""
     nodes = [make("Conv", ["x", "w", "b"], ["y"], "first", pads=[1] * 4)]
     path = save(nodes, weights(w=(6, 3, 3, 3), b=(6,)), tmp_path / "model.onnx", size=None)
     builder = builder_of(path, "cpu", OfTwoSizes)
     assert builder.quantize(QuantizationConfig(calibration_images="all"))
-    with pytest.raises(Exception, match="bias_correction"):
+    with pytest.raises(InputError, match="bias_correction"):
         builder.quantize(QuantizationConfig(calibration_images="all", bias_correction=True))
 
 

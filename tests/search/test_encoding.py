@@ -11,6 +11,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
+from optuna_quantune.errors import InputError
 from optuna_quantune.search.candidates import enumerate_codes
 from optuna_quantune.search.candidates import random_codes
 from optuna_quantune.search.encoding import SpaceEncoding
@@ -81,6 +82,19 @@ def test_size_counts_configurations() -> None:
     assert SpaceEncoding(MIXED).size == math.inf
     finite = {k: d for k, d in MIXED.items() if k not in {"rate", "share"}}
     assert SpaceEncoding(finite).size == 4 * 100 * 5 * 5 * 1
+
+
+def test_more_values_than_can_be_counted_are_reported() -> None:
+    with pytest.raises(InputError, match="'n'"):
+        SpaceEncoding({"n": IntDistribution(0, 2**63)})
+
+
+def test_choices_that_compare_equal_have_one_code() -> None:
+    encoding = SpaceEncoding({"c": CategoricalDistribution([0, "x", False, True])})
+    assert encoding.size == 3
+    codes = [encoding.encode({"c": choice}) for choice in (0, "x", False, True)]
+    np.testing.assert_array_equal(np.concatenate(codes), [0, 1, 0, 2])  # type: ignore[arg-type]
+    assert [encoding.decode(np.array([code]))["c"] for code in range(3)] == [0, "x", True]
 
 
 def test_a_configuration_outside_the_space_has_no_codes() -> None:

@@ -51,6 +51,36 @@ def test_a_pruned_trial_is_no_better_than_the_median() -> None:
     assert len(history.seen) == 7
 
 
+def test_the_median_is_that_of_the_finite_values() -> None:
+    study = optuna.create_study()
+    for n, value in enumerate([np.inf, np.inf, 0.4]):
+        add(study, n, value=value)
+    add(study, 3, state=TrialState.PRUNED, intermediate_values={0: 0.1})
+    assert read_history(study, ENCODING, None).values[-1, 0] == 0.4
+
+
+def test_a_pruned_trial_that_lies_beside_infinite_values_only_is_taken_at_its_word() -> None:
+    study = optuna.create_study()
+    for n, value in enumerate([np.inf, -np.inf]):
+        add(study, n, value=value)
+    add(study, 2, state=TrialState.PRUNED, intermediate_values={0: 0.1})
+    assert read_history(study, ENCODING, None).values[-1, 0] == 0.1
+
+
+def test_a_trial_that_was_pruned_before_any_report_has_failed() -> None:
+    study = optuna.create_study()
+    add(study, 1, state=TrialState.PRUNED)
+    np.testing.assert_array_equal(read_history(study, ENCODING, None).failed[:, 1], [1])
+
+
+def test_a_trial_that_was_pruned_before_it_began_has_not_failed() -> None:
+    """As one that was enqueued although its configuration was measured before."""
+    study = optuna.create_study()
+    study.enqueue_trial({"n": 3, "c": "b"})
+    study.tell(study.ask(), state=TrialState.PRUNED)
+    assert len(read_history(study, ENCODING, None).failed) == 0
+
+
 def test_failed_running_and_enqueued_trials_are_told_apart() -> None:
     study = optuna.create_study()
     add(study, 1, state=TrialState.FAIL)
@@ -98,6 +128,18 @@ def test_a_trial_with_further_parameters_is_not_a_whole_configuration() -> None:
     history = read_history(study, ENCODING, None)
     assert len(history.codes) == 1
     assert len(history.seen) == 0
+
+
+@pytest.mark.parametrize(("n", "is_seen"), [(2, True), (1, False)])
+def test_a_further_parameter_that_is_fixed_does_not_make_another_configuration(
+    n: int, is_seen: bool
+) -> None:
+    study = optuna.create_study()
+    add(study, 2, value=0.0)
+    only = SpaceEncoding({"c": SPACE["c"]})
+    history = read_history(study, only, None, {"n": n})
+    assert len(history.seen) == is_seen
+    assert is_taken(study, only, np.array([1.0]), 1, frozenset(), {"n": n}) is is_seen
 
 
 def test_constraints_of_trials_without_them_are_unknown() -> None:

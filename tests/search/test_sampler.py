@@ -141,6 +141,68 @@ def test_partial_fixed_sampler_gets_unseen_configurations_with_the_fixed_value()
     assert len(configurations(study)) == len(set(configurations(study))) == 4
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_partial_fixed_sampler_gets_unseen_configurations_of_an_inferred_space() -> None:
+    inner = QuantuneSampler(seed=0)
+    study = maximize(optuna.samplers.PartialFixedSampler({"scheme": "symmetric"}, inner))
+    study.optimize(objective, n_trials=6)
+    assert len(set(configurations(study))) == 6
+
+
+@pytest.mark.parametrize("choices", [[True, 1, "x"], [0, False, 0.0, "x"], ["y", "x", "y"]])
+def test_choices_that_compare_equal_are_one_configuration(choices: list[Any]) -> None:
+    study = maximize(QuantuneSampler({"a": CategoricalDistribution(choices)}, seed=0))
+    study.optimize(lambda t: float(t.suggest_categorical("a", choices) == "x"), n_trials=20)
+    assert len(study.trials) == 2
+
+
+def test_the_space_of_a_study_stays_known_beside_many_others() -> None:
+    """Every enqueued parameter beyond the space makes another space for its trial."""
+    calls = Counter[str]()
+
+    def features(params: Mapping[str, Any]) -> dict[str, float]:
+        calls[str(params.get("run", "own"))] += 1
+        return {"prior": accuracy(params)}
+
+    study = maximize(QuantuneSampler(SPACE, seed=0, features=features))
+    for run in range(7):
+        objective(study.ask())
+        study.enqueue_trial({"run": run})
+        objective(study.ask())
+    assert calls["own"] == SIZE
+
+
+def test_a_source_that_is_no_study_is_reported() -> None:
+    with pytest.raises(InputError, match=r"source_studies.*'x'"):
+        QuantuneSampler(SPACE, source_studies=["x"])  # type: ignore[list-item]
+
+
+def test_a_space_of_many_parameters_with_few_configurations_is_exhausted() -> None:
+    space: dict[str, BaseDistribution] = {f"p{i:02d}": IntDistribution(0, 0) for i in range(70)}
+    space["last"] = IntDistribution(0, 3)
+    study = optuna.create_study(sampler=QuantuneSampler(space, seed=0))
+    study.optimize(lambda t: sum(t.suggest_int(n, 0, 3 if n == "last" else 0) for n in space))
+    assert len(study.trials) == 4
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_absurdly_large_numbers_do_not_stop_the_search(constrained: bool) -> None:
+    def absurd(trial: optuna.Trial) -> float:
+        params = suggest(trial)
+        if constrained:
+            trial.set_constraint("size", 1e300 * (accuracy(params) - 0.8))
+            return accuracy(params)
+        return -1e300 if params["scheme"] == "power2" else 1e200 * accuracy(params)
+
+    def features(params: Mapping[str, Any]) -> dict[str, float]:
+        size = {"prior:size": accuracy(params)} if constrained else {}
+        return {"prior": 1e200 * accuracy(params), "far": 1e300 * len(params["scheme"]), **size}
+
+    study = maximize(QuantuneSampler(SPACE, seed=0, features=features))
+    study.optimize(absurd)
+    assert len(study.trials) == SIZE
+
+
 def test_duplicates_can_be_allowed() -> None:
     study = maximize(QuantuneSampler(SPACE, seed=0, allow_duplicates=True))
     study.optimize(objective, n_trials=SIZE + 5)
@@ -255,6 +317,33 @@ def test_features_that_change_their_names_are_reported() -> None:
         maximize(sampler).optimize(objective, n_trials=1)
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (None, "None"),
+        ({"a": "high"}, "'a' is 'high'"),
+        ({"a": None}, "'a' is None"),
+        ({1: 2.0}, "1"),
+    ],
+)
+def test_features_that_are_no_named_numbers_are_reported(given: Any, named: str) -> None:
+    study = maximize(QuantuneSampler(SPACE, features=lambda p: given))
+    with pytest.raises(InputError, match=f"features: .*{named}"):
+        study.optimize(objective, n_trials=1)
+
+
+def test_a_guess_of_a_constraint_that_no_trial_sets_is_ignored() -> None:
+    def features(params: Mapping[str, Any]) -> dict[str, float]:
+        return {"prior": accuracy(params), "prior:latncy": 1e3 * accuracy(params)}
+
+    study = maximize(QuantuneSampler(SPACE, seed=0, features=features))
+    study.optimize(objective, n_trials=1)
+    with pytest.warns(UserWarning, match="'prior:latncy'"):
+        study.optimize(objective, n_trials=1)
+    assert study.trials[0].values[0] < 0.5
+    assert study.trials[1].values[0] > 0.87
+
+
 def test_unknown_and_infinite_features_are_accepted() -> None:
     def features(params: Mapping[str, Any]) -> dict[str, float]:
         unknown = params["scheme"] == "symmetric"
@@ -291,6 +380,40 @@ def test_a_region_that_fails_is_left_alone() -> None:
     study.optimize(failing, n_trials=24, catch=RuntimeError)
     late = study.trials[12:]
     assert sum(t.state == TrialState.FAIL for t in late) <= 2
+
+
+def test_a_region_that_is_pruned_before_any_report_is_left_alone() -> None:
+    """It holds what would be best: the surrogate alone would not leave it."""
+
+    def rejecting(trial: optuna.Trial) -> float:
+        x, y = trial.suggest_float("x", 0.0, 1.0), trial.suggest_float("y", 0.0, 1.0)
+        if x < 0.5 and y < 0.5:
+            raise optuna.TrialPruned
+        return x + y
+
+    unit = FloatDistribution(0.0, 1.0)
+    study = optuna.create_study(sampler=QuantuneSampler({"x": unit, "y": unit}, seed=0))
+    study.optimize(rejecting, n_trials=25)
+    assert sum(t.state == TrialState.COMPLETE for t in study.trials) >= 12
+    assert study.best_value < 0.6
+
+
+@pytest.mark.parametrize("guessed", [False, True])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_infinite_constraints_are_as_far_off_as_the_farthest(bad: float, guessed: bool) -> None:
+    def constrained(trial: optuna.Trial) -> float:
+        params = suggest(trial)
+        limit = bad if params["granularity"] == "tensor" else -math.copysign(1.0, bad)
+        trial.set_constraint("size", limit)
+        return accuracy(params)
+
+    def features(params: Mapping[str, Any]) -> dict[str, float]:
+        return {"prior:size": float(len(params["scheme"]))}
+
+    sampler = QuantuneSampler(SPACE, seed=0, features=features if guessed else None)
+    study = maximize(sampler)
+    study.optimize(constrained)
+    assert len(study.trials) == SIZE
 
 
 def test_constraints_are_respected() -> None:
@@ -371,6 +494,36 @@ def test_valid_configurations_are_found_in_a_large_space_where_few_are() -> None
     study.optimize(lambda t: -sum(t.suggest_categorical(n, [0, 1]) for n in layers), n_trials=10)
     assert all(valid(t.params) for t in study.trials)
     assert study.best_value == -4
+
+
+def test_named_configurations_are_found_where_hardly_any_is_valid() -> None:
+    """No draw of 2^30 is valid; two configurations are named, and one neighbour is valid."""
+    layers: dict[str, BaseDistribution] = {
+        f"layer{i:02d}": CategoricalDistribution([0, 1]) for i in range(30)
+    }
+    named = [dict.fromkeys(layers, 0), dict.fromkeys(layers, 1)]
+
+    def valid(params: Mapping[str, Any]) -> bool:
+        return sum(params.values()) in {0, 30} or params == {**named[0], "layer07": 1}
+
+    study = optuna.create_study(
+        sampler=QuantuneSampler(layers, seed=0, valid=valid, candidates=lambda: named)
+    )
+    tried = []
+    for _ in range(3):
+        trial = study.ask(layers)
+        tried.append(sum(trial.params.values()))
+        study.tell(trial, float(tried[-1]))
+    assert sorted(tried) == [0, 1, 30]
+
+
+def test_a_validity_that_rejects_all_draws_of_a_large_space_is_reported() -> None:
+    layers: dict[str, BaseDistribution] = {
+        f"layer{i:02d}": CategoricalDistribution([0, 1]) for i in range(30)
+    }
+    study = optuna.create_study(sampler=QuantuneSampler(layers, valid=lambda params: False))
+    with pytest.raises(InputError, match=r"valid.*candidates"):
+        study.ask(layers)
 
 
 def test_conditional_parameters_are_sampled_independently() -> None:

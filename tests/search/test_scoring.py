@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
 from scipy.stats import spearmanr
 
+from optuna_quantune.search import scoring
 from optuna_quantune.search.configurations import Configurations
 from optuna_quantune.search.history import History
 from optuna_quantune.search.scoring import Scorer
 from optuna_quantune.search.sources import SourceStudy
+from optuna_quantune.search.surrogate import ModelInputs
+from optuna_quantune.search.surrogate import Surrogate
 
 
 CONFIGURATIONS = Configurations(
@@ -70,6 +75,35 @@ def test_a_long_history_keeps_its_best_and_its_latest_trials() -> None:
     rows = rng.integers(64, size=700).tolist()
     trials = history(rows, (SPACE.codes[rows].sum(axis=1) + rng.normal(size=700)).tolist())
     assert SPACE.codes[scores(trials).argmax()].sum() <= 2
+
+
+def test_no_surrogate_is_fitted_to_more_than_some_hundreds_of_trials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = []
+
+    class Counting(Surrogate):
+        def __init__(self, inputs: ModelInputs, *args: Any, pending: ModelInputs, **kw: Any):
+            sizes.append((len(inputs), len(pending)))
+            super().__init__(inputs, *args, pending=pending, **kw)
+
+    monkeypatch.setattr(scoring, "Surrogate", Counting)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(64, size=400).tolist()
+    limits = {"size": 40.0 - np.array(rows, dtype=np.float64)}
+    long = dataclasses.replace(history(rows, rng.normal(size=400).tolist()), constraints=limits)
+    scores(dataclasses.replace(long, failed=SPACE.codes[rows[:310]], pending=SPACE.codes[rows]))
+    assert sizes == [(300, 300)] * 3
+
+
+def test_failures_and_successes_that_are_few_all_count() -> None:
+    """Of 290 trials, and 20 that failed, no failure is dropped: the first one is avoided."""
+    trials = history([63 - n % 40 for n in range(290)], np.zeros(290).tolist())
+    failed = SPACE.codes[[0, *[63 - n % 3 for n in range(19)]]]
+    change = scores(dataclasses.replace(trials, failed=failed)) - scores(
+        dataclasses.replace(trials, failed=failed[1:])
+    )
+    assert change[0] < -0.1
 
 
 def test_an_uncertain_value_moves_the_scores_less_than_a_certain_one() -> None:

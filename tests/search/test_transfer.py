@@ -191,6 +191,74 @@ def test_a_source_with_hardly_any_trial_changes_nothing() -> None:
     assert regrets([tiny], seed=1, n_trials=6) == regrets([], seed=1, n_trials=6)
 
 
+def unrelated() -> SourceStudy:
+    return SourceStudy(
+        name="unrelated",
+        direction="minimize",
+        params=tuple({"rounds": n, "scheme": "ternary"} for n in range(20)),
+        values=tuple(float(n) for n in range(20)),
+        features=({"seconds": 1.0},) * 20,
+    )
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        unrelated(),
+        recorded(lambda params: 0.5),
+        recorded(lambda params: float("inf")),
+        recorded(lambda params: drop(params) * float("inf") if drop(params) else -float("inf")),
+    ],
+    ids=["other parameters", "one value", "all collapsed", "all infinite"],
+)
+def test_a_source_that_says_nothing_changes_nothing(nothing: SourceStudy) -> None:
+    assert regrets([nothing], seed=1, n_trials=6) == regrets([], seed=1, n_trials=6)
+    assert regrets([nothing], seed=1, features=lambda p: {"prior": drop(p)}) == [0.0]
+    assert regrets([recorded(drop), nothing], 1, 4) == regrets([recorded(drop)], 1, 4)
+
+
+def test_a_source_that_shares_a_feature_only_is_learned_from() -> None:
+    source = SourceStudy(
+        name="other knobs",
+        direction="minimize",
+        params=tuple({"id": n} for n in range(len(GRID))),
+        values=tuple(drop(params) for params in GRID),
+        features=tuple({"error": 7.0 * drop(params)} for params in GRID),
+    )
+    first = regrets([source], seed=0, features=lambda p: {"error": drop(p)})
+    assert first[0] <= sorted(drop(params) for params in GRID)[3]
+
+
+@pytest.mark.parametrize("target", ["minimize", "maximize"])
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_a_prior_of_a_source_has_the_direction_of_its_values(direction: Any, target: Any) -> None:
+    """All priors have one knob the wrong way round; the source shows it."""
+
+    def estimate(params: Mapping[str, Any]) -> float:
+        scheme = params["scheme"]
+        swapped = {"asymmetric": "power2", "power2": "asymmetric"}.get(scheme, scheme)
+        return drop({**params, "scheme": swapped})
+
+    def seen(value: float, direction: str) -> float:
+        return 1.0 - value if direction == "maximize" else value
+
+    source = SourceStudy(
+        name="recorded",
+        direction=direction,
+        params=tuple(GRID),
+        values=tuple(seen(drop(params), direction) for params in GRID),
+        features=tuple({"prior": seen(estimate(params), direction)} for params in GRID),
+    )
+    sampler = QuantuneSampler(
+        SPACE,
+        features=lambda p: {"prior": seen(estimate(p), target)},
+        source_studies=[source, source],
+        seed=0,
+    )
+    study = optuna.create_study(direction=target, sampler=sampler)
+    assert drop(study.ask(SPACE).params) <= 0.02
+
+
 def test_infinite_values_of_a_source_are_the_worst_or_best_there() -> None:
     def collapsed(params: Mapping[str, Any]) -> float:
         return float("inf") if params["granularity"] == "tensor" else drop(params)
@@ -201,5 +269,7 @@ def test_infinite_values_of_a_source_are_the_worst_or_best_there() -> None:
 def test_a_source_that_does_not_fit_together_is_reported() -> None:
     with pytest.raises(InputError, match="broken"):
         SourceStudy("broken", "minimize", (GRID[0],), (0.0, 1.0), ({},))
+    with pytest.raises(InputError, match="'min'"):
+        SourceStudy("broken", "min", (), (), ())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="NaN"):
         SourceStudy("broken", "minimize", (GRID[0],), (float("nan"),), ({},))
