@@ -82,6 +82,11 @@ class SpaceEncoding:
         """How far apart in rank neighbouring values of each parameter of a finite space are."""
         return np.append(np.cumprod(self.n_values[:0:-1])[::-1], 1)
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the values of some parameter have an order."""
+        return not all(map(self.is_categorical, range(self.n_params)))
+
     def is_categorical(self, column: int) -> bool:
         """Whether the values of a parameter have no order."""
         return isinstance(self.distributions[column], CategoricalDistribution)

