@@ -585,7 +585,7 @@ class QuantizationObjective:
                 f"directions={self.directions}"
             )
         known = study.user_attrs.get(TASK_KEY)
-        if known is None:
+        if known is None or not study.get_trials(deepcopy=False):  # it stopped before any trial
             study.set_user_attr(TASK_KEY, self.fingerprint)
             study.set_user_attr("metric", self.metric)
             names = [self.metric if o == "accuracy" else o for o in self.goals.objectives]

@@ -187,6 +187,23 @@ def test_a_study_of_another_task_is_refused(
         study.optimize(other, n_trials=1)
 
 
+def test_a_study_that_stopped_before_any_trial_is_anybodys(
+    objective: QuantizationObjective, toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    study = optuna.create_study(direction="maximize")
+    objective.claim(study)
+    other = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs[:30]),
+        evaluation=ArrayInputs(toy_inputs),
+        cache=None,
+    )
+    other.claim(study)
+    study.optimize(other, n_trials=1)
+    with pytest.raises(InputError, match="belongs to another model"):
+        objective.claim(study)
+
+
 def test_a_configuration_that_cannot_be_run_fails_its_trial_and_says_why(
     objective: QuantizationObjective, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,8 @@ def class_scores(outputs: NDArray[Any]) -> NDArray[Any]:
     if scores.ndim != 2 or scores.shape[1] < 2 or not len(scores):
         raise InputError(
             f"the model's output has the shape {outputs.shape}, not (inputs, classes): accuracy "
-            "and agreement need a classifier; give a metric of your own for other models"
+            "and agreement need a classifier; give a metric of your own for other models, or "
+            "sqnr_db, which compares outputs of any kind"
         )
     return scores
 

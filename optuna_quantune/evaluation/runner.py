@@ -253,7 +253,10 @@ def run(
     return collected
 
 
-_BATCH_ADVICE = "; if it takes one input at a time only, use batch_size=1"
+_BATCH_ADVICE = (
+    "; if it takes one input at a time only, use batch_size=1 (of QuantizationObjective), "
+    "or fix its batch size at 1"
+)
 
 
 def _threads(session: onnxruntime.InferenceSession) -> int:

