@@ -28,6 +28,7 @@ from onnx import numpy_helper
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.calibration import CalibrationInputs
 from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import opset_of
 from optuna_quantune.quantization.graph import with_outputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
@@ -161,7 +162,7 @@ def _channel_mean(layer: Layer, output: NDArray[np.float32]) -> NDArray[np.float
 def _with_means(model: FloatModel, layers: tuple[Layer, ...]) -> onnx.ModelProto:
     """The float model with the mean over the batch of each layer's input as outputs."""
     proto = with_outputs(model.proto, map(_mean, layers))
-    opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(proto)
     batch = numpy_helper.from_array(np.array([0]), "bias_correction__batch_axis")
     if opset >= _AXES_ARE_AN_INPUT:
         proto.graph.initializer.append(batch)

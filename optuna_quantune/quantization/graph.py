@@ -23,6 +23,8 @@ from onnx import helper
 from onnx import numpy_helper
 
 
+# Of ONNX Runtime's own operators.
+OWN_DOMAIN: Final = "com.microsoft"
 _GRAPHS: Final = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
@@ -99,6 +101,18 @@ def attribute_of(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     """The value of a node's attribute: a number, bytes, a list; `default` where it is not set."""
     found = (helper.get_attribute_value(a) for a in node.attribute if a.name == name)
     return next(found, default)
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators that a model uses."""
+    return max(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+
+
+def import_own_domain(proto: onnx.ModelProto) -> None:
+    """Declares ONNX Runtime's own operators, if a model uses some and does not say so yet."""
+    used = {node.domain for node in proto.graph.node}
+    if OWN_DOMAIN in used - {opset.domain for opset in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(OWN_DOMAIN, 1))
 
 
 def groups_of(conv: onnx.NodeProto) -> int:

@@ -17,7 +17,7 @@ import onnx
 from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import MOVING_OPS
-from optuna_quantune.quantization.placement import QUANTIZED_OPS
+from optuna_quantune.quantization.placement import stays_float
 
 
 _ARITHMETIC: Final = frozenset({"Add", "Mul", "ReduceMean"})
@@ -37,20 +37,18 @@ def between_float_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> t
     islands = _Islands(graph, float_nodes)
     while islands.grow():
         pass
-    return tuple(node.name for node in graph.node if node.name in islands.found)
+    found = islands.found.difference(float_nodes)
+    return tuple(node.name for node in graph.node if node.name in found)
 
 
 class _Islands:
-    """The nodes found so far."""
+    """The nodes found so far, those that were named at first included."""
 
     def __init__(self, graph: onnx.GraphProto, float_nodes: Sequence[str]) -> None:
-        self.found: set[str] = set()
+        self.found = set(float_nodes)
         self._view = GraphView(graph)
-        self._float_nodes = frozenset(float_nodes)
         self._candidates = [
-            node
-            for node in graph.node
-            if node.op_type in _ARITHMETIC | _FUNCTIONS and node.name not in self._float_nodes
+            node for node in graph.node if node.op_type in _ARITHMETIC | _FUNCTIONS
         ]
 
     def grow(self) -> bool:
@@ -65,11 +63,7 @@ class _Islands:
 
     def _in_float(self, node: onnx.NodeProto | None) -> bool:
         """Whether a node computes in float; None stands for an input of the model."""
-        return (
-            node is None
-            or node.name in self.found | self._float_nodes
-            or node.op_type not in QUANTIZED_OPS
-        )
+        return node is None or stays_float(node, self.found)
 
     def _writers(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto | None]:
         for name in node.input:

@@ -55,6 +55,8 @@ from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import groups_of
+from optuna_quantune.quantization.graph import import_own_domain
+from optuna_quantune.quantization.graph import OWN_DOMAIN
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.model import WEIGHTED_OPS
@@ -66,12 +68,11 @@ from optuna_quantune.quantization.placement import PAIR_OPS
 
 
 # Up to so many groups become one for the sake of what stands beside the convolution.
-MOST_GROUPS: Final = 8
-# Integer depthwise convolutions of up to so many channels, that do not come in eights, are, too.
+_MOST_GROUPS: Final = 8
+# Integer depthwise convolutions of up to so many channels, that do not come in eights, are made
+# dense.
 _FEW_CHANNELS: Final = 20
 _EIGHT: Final = 8
-# Of ONNX Runtime's own operators.
-OWN_DOMAIN: Final = "com.microsoft"
 _LRN_EXPONENT: Final = 0.75
 _LARGEST_WEIGHT: Final = 127
 _LEAST_SCALE: Final = 1e-20
@@ -119,9 +120,7 @@ def adapt(proto: onnx.ModelProto, shapes: Shapes) -> None:
         elif node.op_type in ACTIVATION_OPS:
             _cut_off_integers(graph, node)
     graph.write()
-    used = {node.domain for node in proto.graph.node}
-    if OWN_DOMAIN in used - {opset.domain for opset in proto.opset_import}:
-        proto.opset_import.append(helper.make_opsetid(OWN_DOMAIN, 1))
+    import_own_domain(proto)
 
 
 class _Graph(GraphView):
@@ -209,7 +208,7 @@ def _merge_groups(graph: _Graph, conv: onnx.NodeProto) -> None:
     if shape[1] == 1:
         return
     left = groups if len(operands[0]) == 1 else fastest_groups(shape, groups)
-    if left <= MOST_GROUPS and _is_beside_odd_channels(graph, conv):
+    if left <= _MOST_GROUPS and _is_beside_odd_channels(graph, conv):
         left = 1
     if left < groups:
         _write_zeros_between(graph, conv, operands[0], left)
@@ -228,7 +227,7 @@ def _is_beside_odd_channels(graph: _Graph, conv: onnx.NodeProto) -> bool:
 
 
 def _make_few_dense(graph: _Graph, depthwise: onnx.NodeProto) -> None:
-    """Does the same to an integer depthwise convolution of a few odd channels."""
+    """Makes an integer depthwise convolution of a few odd channels dense."""
     operands, channels = _operands(graph, depthwise), groups_of(depthwise)
     if operands is None or len(operands[0]) == 1 or channels == 1:
         return
@@ -362,7 +361,7 @@ def _writers_of_channels(graph: _Graph, tensor: str) -> list[tuple[onnx.NodeProt
                 break
             found.append((node, operands))
             weight, integers = graph.values(operands[0][0]), len(operands[0]) > 1
-            if groups == 1 or (integers and weight.shape[1] > 1 and groups <= MOST_GROUPS):
+            if groups == 1 or (integers and weight.shape[1] > 1 and groups <= _MOST_GROUPS):
                 return found
             if weight.shape[1] != 1 or weight.shape[0] != groups:
                 break

@@ -25,6 +25,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import opset_of
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 
@@ -196,7 +197,7 @@ def quantized_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
 
 
 def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    if _opset(source) < MINIMUM_OPSET:
+    if opset_of(source) < MINIMUM_OPSET:
         source = onnx.version_converter.convert_version(source, MINIMUM_OPSET)
     with tempfile.TemporaryDirectory() as folder, _quiet_root_logger():
         converted, prepared = Path(folder) / "converted.onnx", Path(folder) / "prepared.onnx"
@@ -286,11 +287,6 @@ def _quiet_root_logger() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _opset(proto: onnx.ModelProto) -> int:
-    versions = [int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")]
-    return max(versions)
 
 
 def _layers(proto: onnx.ModelProto, initializers: dict[str, onnx.TensorProto]) -> Iterator[Layer]:

@@ -96,10 +96,8 @@ def node_time(
         time += (_ODD_DEPTHWISE if odd else _DEPTHWISE[kind]) * weight.size * places
         return time + (_COPIED_TAP["depthwise"] * taps * places if kind == "int8" else 0.0)
     if kind == "int8" and groups > 1:
-        return (
-            time
-            + _groups_time(weight.shape, groups, fastest_groups(weight.shape, groups)) * places
-        )
+        left = fastest_groups(weight.shape, groups)
+        return time + _groups_time(weight.shape, groups, left) * places
     time += _MULTIPLICATION[kind] * weight.size * places
     if kind == "int8":
         channels = "few" if read and read[0] <= _FEW_CHANNELS else "many"

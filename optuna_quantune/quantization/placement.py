@@ -48,6 +48,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import groups_of
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import sort_nodes
@@ -65,7 +66,7 @@ MOVING_OPS: Final = frozenset(
     {"AveragePool", "Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 # What ``quantize_static`` quantizes at all.
-QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
+_QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
 # Layers whose integer kernels can give float results (``QGemm``, ``MatMulIntegerToFloat``).
 FLOAT_RESULT_OPS: Final = ("Gemm", "MatMul")
 ACTIVATION_OPS: Final = ("Clip", "Relu")
@@ -124,11 +125,13 @@ class Placement:
         template: The Q/DQ model; the initializers named by the sites are left out.
         activations: All activation parameters in graph order.
         constants: All constants in graph order; weights stand before the biases that need them.
+        always_float: Names of the nodes that ONNX Runtime would get wrong with integers.
     """
 
     template: onnx.ModelProto
     activations: tuple[ActivationSite, ...]
     constants: tuple[ConstantSite, ...]
+    always_float: frozenset[str]
 
 
 def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
@@ -146,7 +149,8 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
         InputError: If no node or output has one of these names, or ONNX Runtime cannot quantize
             the model.
     """
-    quantized = _run_quantize_static(model)
+    always_float = _always_float(model.proto.graph)
+    quantized = _run_quantize_static(model, always_float)
     graph = quantized.graph
     view = GraphView(graph)
     sources = statistics_sources(model.proto.graph)
@@ -168,7 +172,7 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
     for constant in constants:
         filled_in |= {constant.quantized, constant.scale, constant.zero_point}
     refill(graph.initializer, (t for t in graph.initializer if t.name not in filled_in))
-    placement = Placement(quantized, tuple(activations.values()), tuple(constants))
+    placement = Placement(quantized, tuple(activations.values()), tuple(constants), always_float)
     return keep_float(placement, model, float_nodes)
 
 
@@ -191,7 +195,7 @@ def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[st
     template = copy_of(placement.template)
     graph = template.graph
     computed_in_float = _with_moving_nodes(model.proto.graph, float_nodes)
-    computed_in_float.update(_always_float(model.proto.graph))
+    computed_in_float |= placement.always_float
     pairs = _Pairs(graph, computed_in_float, set(float_nodes))
     # The dequantized bias has the name of the float one.
     unused = {id(node) for name, node in pairs.constants.items() if pairs.all_readers_float(name)}
@@ -213,6 +217,11 @@ def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[st
             node.output[position] = instead.get(name, name)
     kept = [node for node in graph.node if id(node) not in unused]
     return _without_unused(placement, template, _shielded(kept, pairs.float_nodes), model)
+
+
+def stays_float(node: onnx.NodeProto, float_nodes: Set[str]) -> bool:
+    """Whether a node is one that is kept in float, or that ``quantize_static`` does not know."""
+    return node.name in float_nodes or node.op_type not in _QUANTIZED_OPS
 
 
 def nodes_around(graph: onnx.GraphProto, tensor: str) -> list[str]:
@@ -305,7 +314,7 @@ class _Pairs:
         return all(node.name in self.float_nodes for node in self._view.readers[constant])
 
     def _computes_with_integers(self, node: onnx.NodeProto) -> bool:
-        if node.name in self.float_nodes or node.op_type not in QUANTIZED_OPS:
+        if stays_float(node, self.float_nodes):
             return False
         activations = [name for name in node.input if name in self.nodes]
         if node.op_type in ACTIVATION_OPS:
@@ -317,25 +326,21 @@ def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> se
     """Float nodes, and the moving nodes that stand behind one or have no other readers."""
     found = set(float_nodes)
     view = GraphView(graph)
-
-    def in_float(node: onnx.NodeProto) -> bool:
-        return node.name in found or node.op_type not in QUANTIZED_OPS
-
     for node in graph.node:
         if node.op_type in MOVING_OPS:
             before = view.writers.get(node.input[0])
             while before is not None and before.op_type in ACTIVATION_OPS:
                 before = view.writers.get(before.input[0])
-            if before is not None and in_float(before):
+            if before is not None and stays_float(before, found):
                 found.add(node.name)
     for node in reversed(graph.node):
         behind = view.readers.get(node.output[0], []) if node.op_type in MOVING_OPS else []
-        if behind and all(in_float(reader) for reader in behind):
+        if behind and all(stays_float(reader, found) for reader in behind):
             found.add(node.name)
     return found
 
 
-def _always_float(graph: onnx.GraphProto) -> list[str]:
+def _always_float(graph: onnx.GraphProto) -> frozenset[str]:
     """Names of the nodes that ONNX Runtime would get wrong with integers, or not quantize."""
     constants = {tensor.name for tensor in graph.initializer}
     infinite = {
@@ -344,14 +349,14 @@ def _always_float(graph: onnx.GraphProto) -> list[str]:
         if tensor.data_type == onnx.TensorProto.FLOAT
         and not np.isfinite(numpy_helper.to_array(tensor)).all()
     }
-    return [
+    return frozenset(
         node.name
         for node in graph.node
         if _interpolates(node)
         or _averages_beyond(node)
         or _has_odd_bias(node, constants)
         or infinite.intersection(node.input)
-    ]
+    )
 
 
 def _interpolates(node: onnx.NodeProto) -> bool:
@@ -362,7 +367,7 @@ def _has_odd_bias(node: onnx.NodeProto, constants: Set[str]) -> bool:
     """Whether the scale of a layer's bias is not that of its input times that of a constant."""
     if node.op_type not in WEIGHTED_OPS or len(node.input) < 3 or node.input[2] not in constants:
         return False
-    grouped = node.op_type == "ConvTranspose" and attribute_of(node, "group", 1) > 1
+    grouped = node.op_type == "ConvTranspose" and groups_of(node) > 1
     return grouped or node.input[1] not in constants
 
 
@@ -425,20 +430,21 @@ def _without_unused(
         template,
         tuple(site for site in placement.activations if site.scale in used),
         tuple(site for site in placement.constants if site.quantized in used),
+        placement.always_float,
     )
 
 
-def _run_quantize_static(model: FloatModel) -> onnx.ModelProto:
+def _run_quantize_static(model: FloatModel, always_float: Set[str]) -> onnx.ModelProto:
     """The Q/DQ model with placeholder ranges; its weights stand for nothing.
 
     Raises:
         InputError: If ONNX Runtime cannot quantize the model.
     """
     try:
-        quantized = _quantize_static(model, _with_two_channels(model))
+        quantized = _quantize_static(model, _with_two_channels(model), always_float)
     except Exception:  # perhaps shape inference stumbled over the missing channels
         try:
-            quantized = _quantize_static(model, copy_of(model.proto))
+            quantized = _quantize_static(model, copy_of(model.proto), always_float)
         except Exception as error:  # ONNX Runtime raises whatever happens
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
@@ -482,7 +488,9 @@ def _with_two_channels(model: FloatModel) -> onnx.ModelProto:
     return proto
 
 
-def _quantize_static(model: FloatModel, proto: onnx.ModelProto) -> onnx.ModelProto:
+def _quantize_static(
+    model: FloatModel, proto: onnx.ModelProto, always_float: Set[str]
+) -> onnx.ModelProto:
     graph = model.proto.graph
     tensors = [name for node in graph.node for name in node.output if name]
     tensors += [spec.name for spec in model.inputs]
@@ -505,7 +513,7 @@ def _quantize_static(model: FloatModel, proto: onnx.ModelProto) -> onnx.ModelPro
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
                 calibration_cache_path=str(cache),
-                nodes_to_exclude=_always_float(graph),
+                nodes_to_exclude=sorted(always_float),
                 extra_options={"QDQKeepRemovableActivations": True},
             )
         finally:

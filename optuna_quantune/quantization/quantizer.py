@@ -38,12 +38,14 @@ from optuna_quantune.quantization.graph import activation_bounds
 from optuna_quantune.quantization.graph import constant_values
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import import_own_domain
+from optuna_quantune.quantization.graph import opset_of
+from optuna_quantune.quantization.graph import OWN_DOMAIN
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.islands import between_float_nodes
 from optuna_quantune.quantization.kernels import adapt
-from optuna_quantune.quantization.kernels import OWN_DOMAIN
 from optuna_quantune.quantization.lint import live_weights
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
@@ -591,14 +593,12 @@ def _restore_float(graph: onnx.GraphProto, quantized: str, values: NDArray[np.fl
 
 def _use_own_pairs(proto: onnx.ModelProto) -> None:
     """Lets pairs be ONNX Runtime's own operators, which know 16 bits before opset 21, too."""
-    versions = {opset.domain: opset.version for opset in proto.opset_import}
-    if versions.get("", versions.get("ai.onnx", 0)) >= _OPSET_OF_16_BITS:
+    if opset_of(proto) >= _OPSET_OF_16_BITS:
         return
     for node in proto.graph.node:
         if node.op_type in PAIR_OPS:
             node.domain = OWN_DOMAIN
-    if OWN_DOMAIN not in versions:
-        proto.opset_import.append(onnx.helper.make_opsetid(OWN_DOMAIN, 1))
+    import_own_domain(proto)
 
 
 def _match_axes(graph: onnx.GraphProto, placement: Placement, plan: QuantizationPlan) -> None:

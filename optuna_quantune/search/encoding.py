@@ -55,16 +55,15 @@ class SpaceEncoding:
         self.names = tuple(sorted(search_space))
         self.name_set = frozenset(search_space)
         self.distributions = tuple(_distinct(search_space[name]) for name in self.names)
-        for name, distribution in zip(self.names, self.distributions, strict=True):
-            if _n_values(distribution) > _MAX_VALUES:
+        n_values = [_n_values(distribution) for distribution in self.distributions]
+        for name, distribution, n in zip(self.names, self.distributions, n_values, strict=True):
+            if n > _MAX_VALUES:
                 raise InputError(
                     f"search_space[{name!r}]: {distribution!r} has more than 2**53 values; make "
                     "its step coarser, or let it be a float without a step"
                 )
-        self.n_values = np.array([_n_values(d) for d in self.distributions], dtype=np.int64)
-        self.size = (
-            math.inf if np.any(self.n_values == 0) else math.prod(int(k) for k in self.n_values)
-        )
+        self.n_values = np.array(n_values, dtype=np.int64)
+        self.size = math.inf if 0 in n_values else math.prod(n_values)
         # Optuna looks a choice up one by one, which for a hundred trials takes longer than a fit.
         self._choice_codes = [_choice_codes(d) for d in self.distributions]
         self._knot_positions = [
