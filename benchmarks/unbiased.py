@@ -12,8 +12,8 @@ chosen, and what is reported of it is compared with its accuracy on the truth:
   the same ones;
 - `tune`: the same choice on one half of the evaluation inputs, reported on the other half.
 
-Latency and output noise, which decide between configurations that cannot be told apart, are those
-of the table.
+Latency, which decides first between configurations that cannot be told apart, is that of the
+table.
 
 Results go to `benchmarks/results/unbiased/`.
 """
@@ -33,6 +33,7 @@ from scipy import stats
 
 from benchmarks import machine
 from benchmarks import tables
+from optuna_quantune.evaluation.metrics import sqnr_db
 from optuna_quantune.search.pruner import CORRECT_KEY
 from optuna_quantune.selection import AGREES_KEY
 from optuna_quantune.selection import pack
@@ -116,6 +117,15 @@ def chosen(
     table: tables.Table, rows: Indices, correct: Bits, agrees: Bits, inputs: Indices
 ) -> int:
     """The row that `select` chooses of those that were measured on some inputs."""
+    study = study_of(table, rows, correct, agrees, inputs)
+    return int(select(study)[0].user_attrs["row"])
+
+
+def study_of(
+    table: tables.Table, rows: Indices, correct: Bits, agrees: Bits, inputs: Indices
+) -> optuna.Study:
+    """A study of some rows, measured on some inputs; the attribute ``row`` says which is which."""
+    float_margins = table.predictions["float_margin"].to_numpy(np.float64)[inputs]
     study = optuna.create_study(direction="maximize")
     for row in rows:
         right, same = correct[row, inputs], agrees[row, inputs]
@@ -127,13 +137,14 @@ def chosen(
                     "n": len(inputs),
                     "agreement": float(same.mean()),
                     "sqnr_db": float(table.rows["sqnr_db"][row]),
+                    "margin_sqnr_db": sqnr_db(table.margins(row)[inputs], float_margins),
                     **latency_of(table, row),
                     CORRECT_KEY: pack(right),
                     AGREES_KEY: pack(same),
                 },
             )
         )
-    return int(select(study)[0].user_attrs["row"])
+    return study
 
 
 def latency_of(table: tables.Table, row: int) -> dict[str, float]:

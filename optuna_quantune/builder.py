@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Builder:
         calibration: Inputs that activation ranges are taken from, bound to the model's.
         space: The search space: which calibration sizes there are, and whether fusion is a knob.
         target: What the models are for.
+        takes_batches: Tells whether a model whose batch axis is free takes several inputs at once.
         cache: Folder where calibration statistics are kept for the next run; None keeps nothing.
         progress: Called with the stage, the items done and the items in all.
     """
@@ -66,6 +68,7 @@ class Builder:
         *,
         space: SearchSpace,
         target: Target,
+        takes_batches: Callable[[], bool],
         cache: Path | None,
         progress: Progress,
     ) -> None:
@@ -73,6 +76,7 @@ class Builder:
         self._calibration = calibration
         self._space = space
         self._target = target
+        self._takes_batches = takes_batches
         self._cache = cache
         self._progress = progress
         # Placements and ranges are shared between threads.
@@ -80,6 +84,8 @@ class Builder:
         self._quantizers: dict[bool, Quantizer] = {}
         self._noise_models: dict[bool, NoiseModel] = {}
         self._graphs: dict[bool, PlacedGraph] = {}
+        # Activations that the user was told of.
+        self._infinite: set[str] = set()
 
     def prepare(self) -> None:
         """Does what all configurations of the space share."""
@@ -141,7 +147,9 @@ class Builder:
         return {t.name: math.prod(t.dims) for t in self._model.proto.graph.initializer}
 
     def _make_quantizer(self, *, equalized: bool) -> Quantizer:
-        model = equalize(self._model, self._calibration) if equalized else self._model
+        model = self._model if self._takes_batches() else self._model.one_at_a_time()
+        if equalized:
+            model = equalize(model, self._calibration)
         placement, statistics = self._calibrated(model)
         return Quantizer(
             model,
@@ -182,10 +190,12 @@ class Builder:
                 unchanged = len(kept.activations) == len(placement.activations)
                 if unchanged or error.tensor in ends or not error.is_number:
                     raise first from None
-                _logger.warning(
-                    f"Activation {error.tensor!r} is not finite for some calibration input, as "
-                    f"behind a mask: {', '.join(map(repr, around))} stay in float."
-                )
+                if error.tensor not in self._infinite:
+                    _logger.warning(
+                        f"Activation {error.tensor!r} is not finite for some calibration input, "
+                        f"as behind a mask: {', '.join(map(repr, around))} stay in float."
+                    )
+                    self._infinite.add(error.tensor)
                 placement = kept
 
     def _noise(self, *, equalized: bool) -> NoiseModel:

@@ -42,8 +42,8 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.lint import lint_model
 from optuna_quantune.quantization.lint import lint_quantized
-from optuna_quantune.quantization.lint import load_quantized
 from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.quantized_graph import load_quantized
 from optuna_quantune.report.console import config_lines
 from optuna_quantune.report.console import finding_lines
 from optuna_quantune.report.console import layers_table
@@ -186,7 +186,7 @@ def _goal_options(command: Command) -> Command:
         click.option(
             "--prefer",
             type=click.Choice(get_args(Preference)),
-            show_default="accuracy (the best one) under a bound on latency or size, size if "
+            show_default="accuracy (the least noise) under a bound on latency or size, size if "
             "only that is an objective, otherwise latency",
             help="What decides among models that cannot be told from the best one.",
         ),
@@ -301,7 +301,15 @@ def _inputs(
         raise InputError(
             f"--data {data!r}: is called with 'calibration' or 'evaluation'; let it take that"
         ) from error
-    return as_input_source(function(split))
+    try:
+        inputs = function(split)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        raise InputError(
+            f"--data {data!r}: fails for {split!r}: {type(error).__name__}: {error}"
+        ) from error
+    return as_input_source(inputs)
 
 
 def _provider(text: str) -> Provider:
@@ -520,10 +528,12 @@ def _progress() -> Iterator[ProgressBars]:
     logger.setLevel(logging.INFO)
     handler = RichHandler(console=console, show_time=False, show_path=False)
     logger.addHandler(handler)
+    logger.propagate = False  # a handler of the root logger would print every line again
     try:
         with ProgressBars(console) as bars:
             yield bars
     finally:
+        logger.propagate = True
         logger.removeHandler(handler)
 
 

@@ -22,9 +22,11 @@ from optuna_quantune.evaluation import racing
 from optuna_quantune.evaluation.metrics import agrees
 from optuna_quantune.evaluation.metrics import class_scores
 from optuna_quantune.evaluation.metrics import Interval
+from optuna_quantune.evaluation.metrics import margin_sqnr_db
 from optuna_quantune.evaluation.metrics import margins
 from optuna_quantune.evaluation.metrics import mean_sqnr_db
 from optuna_quantune.evaluation.metrics import Measurement
+from optuna_quantune.evaluation.metrics import rank_margins
 from optuna_quantune.evaluation.metrics import top_k_correct
 
 
@@ -77,10 +79,10 @@ class Ladder:
     def left(self, indices: NDArray[np.int64], scores: NDArray[Any]) -> NDArray[np.float64]:
         """Margins that a model leaves of the float model's outcomes; not positive: flipped."""
         if self.metric != "top5":
-            return racing.rank_margins(scores, self.scores[indices].argmax(axis=1), k=1)
+            return rank_margins(scores, self.scores[indices].argmax(axis=1), k=1)
         assert self.labels is not None
         kept = np.where(self.float_right["top5"][indices], 1.0, -1.0)
-        return kept * racing.rank_margins(scores, self.labels[indices], k=RANKS["top5"])
+        return kept * rank_margins(scores, self.labels[indices], k=RANKS["top5"])
 
     def right(
         self, indices: NDArray[np.int64], scores: NDArray[Any]
@@ -151,15 +153,19 @@ class Climb:
         """What is known of all metrics, as if all inputs had been run."""
         values = {name: self._estimate(name).estimate for name in self.right}
         weights = np.sqrt(racing.weights(self._ladder.margins, self.seen)[self._order])
-        noise = mean_sqnr_db(
-            {name: _scaled(self._joined(name), weights) for name in self._ladder.reference},
-            {
-                name: _scaled(values[self._order], weights)
-                for name, values in self._ladder.reference.items()
-            },
-        )
+        outputs = {name: _scaled(self._joined(name), weights) for name in self._ladder.reference}
+        reference = {
+            name: _scaled(values[self._order], weights)
+            for name, values in self._ladder.reference.items()
+        }
+        first = next(iter(outputs))
         return Measurement(
-            len(self.seen), values.get("top1"), values.get("top5"), values["agreement"], noise
+            len(self.seen),
+            values.get("top1"),
+            values.get("top5"),
+            values["agreement"],
+            mean_sqnr_db(outputs, reference),
+            margin_sqnr_db(outputs[first], reference[first]),
         )
 
     def outputs(self) -> dict[str, NDArray[Any]]:

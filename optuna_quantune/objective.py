@@ -159,7 +159,8 @@ class QuantizationObjective:
             user's cache folder. None keeps nothing.
         threads: Threads of one inference when latency is measured, as the application will have
             them; None is all cores.
-        batch_size: Inputs that are run at a time; None chooses.
+        batch_size: Inputs that are run at a time; None chooses, and is 1 for a model that two
+            inputs at once confuse. 1 holds for calibration, too.
         progress: Called during long work with the stage, the items done and the items in all.
 
     Raises:
@@ -228,6 +229,7 @@ class QuantizationObjective:
             specs=specs,
             output_names=[spec.name for spec in self.model.outputs],
             inputs=self.evaluation,
+            calibration=self.calibration,
             metric=self.chosen_metric,
             compares_outputs=compares_outputs,
             providers=self.target.providers,
@@ -240,6 +242,7 @@ class QuantizationObjective:
             self.calibration,
             space=self.space,
             target=self.target,
+            takes_batches=lambda: self._evaluator.batch_size != 1,
             cache=None if cache is None else Path(cache),
             progress=progress,
         )
@@ -268,7 +271,7 @@ class QuantizationObjective:
                 the user's own metric fails on it.
         """
         with self._lock:
-            self._evaluator.try_out(self.calibration)
+            self._evaluator.try_out()
             _ = self.float_evaluation
             self._builder.prepare()
 

@@ -107,6 +107,7 @@ class TuningResult:
         study: The study, with every trial.
         trial: The chosen trial.
         config: Its configuration.
+        target: What it was built for.
         float_model: The float model that it was built from.
         path: The model that was written, or None if no output was asked for.
         missed: One sentence for each bound that the chosen model does not keep, in its trial or
@@ -126,6 +127,7 @@ class TuningResult:
     study: optuna.Study
     trial: FrozenTrial
     config: QuantizationConfig
+    target: Target
     float_model: FloatModel
     path: Path | None
     missed: tuple[str, ...]
@@ -217,9 +219,10 @@ def tune(
         max_latency: Bound on the latency as a ratio to float (0.5 is twice as fast).
         max_size: Bound on the model file's size in bytes.
         prefer: What decides among configurations that cannot be told from the best one:
-            ``latency``, ``size``, or ``accuracy``, which is that best one. By default
-            ``accuracy`` under a bound on latency or size without one on accuracy; otherwise
-            ``size`` if it is an objective or has a bound and latency does not, and ``latency``.
+            ``latency``, ``size``, or ``accuracy``, which is the least noise, as it says more than
+            their values. By default ``accuracy`` under a bound on latency or size without one on
+            accuracy; otherwise ``size`` if it is an objective or has a bound and latency does not,
+            and ``latency``.
         precision: A trial ends when half the width of its value's 95 % interval is no larger
             (0.002 is 0.2 points of accuracy). None is 0.002, but never less than two of the
             inputs that select. The result is measured on all inputs.
@@ -294,6 +297,7 @@ def tune(
         study=study,
         trial=trial,
         config=quantized.config,
+        target=objective.target,
         float_model=objective.model,
         path=path,
         missed=_missed(objective, trial, kept, latency, unseen or all_inputs),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -30,6 +32,10 @@ def no_data(split):
 
 def everything():
     return IMAGES
+
+
+def unreadable(split):
+    return [0, 1][2]
 
 
 def largest_error(outputs, reference):
@@ -102,6 +108,20 @@ def test_a_loop_needs_no_evaluation_inputs(call, capsys: pytest.CaptureFixture[s
     assert "mean_logit" in capsys.readouterr().out
 
 
+def test_a_warning_is_printed_once_whatever_other_handlers_there_are(  # type: ignore[no-untyped-def]
+    call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = io.StringIO()
+    handler = logging.StreamHandler(other)
+    logging.getLogger().addHandler(handler)
+    try:
+        assert call(*TUNE) == 0
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert capsys.readouterr().err.count("evaluation inputs are too few") == 1
+    assert other.getvalue() == ""
+
+
 def test_quantize_and_inspect_take_own_data(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert call("quantize", "model.onnx", "--config", "{}", "--data", "own:data") == 0
     assert (tmp_path / "model.int8.onnx").is_file()
@@ -116,6 +136,7 @@ def test_quantize_and_inspect_take_own_data(call, tmp_path: Path) -> None:  # ty
         (("--evaluate", "mean_logit"), "--evaluate 'mean_logit': must be module:function"),
         (("--data", "own:no_data"), "cannot take inputs from a int"),
         (("--data", "own:everything"), "'own:everything': is called with 'calibration' or"),
+        (("--data", "own:unreadable"), "'own:unreadable': fails for 'calibration': IndexError: "),
         (("--calibration", "images"), "--calibration: give a folder of images, or inputs by --"),
         (("--labels", "labels.csv"), "--data: its inputs bring their own labels"),
         (("--objectives", "accuracy,speed"), "objective 'speed': use accuracy, latency, size"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,16 @@ def test_a_bound_kept_by_luck_only_is_missed_when_measured_again(  # type: ignor
     assert any("SLOWER than the float model" in line for line in remark_lines(result))
 
 
+def test_latency_here_is_no_reproach_to_a_model_for_another_device(  # type: ignore[no-untyped-def]
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = LatencyRatio(2.0, 1.0, 2.0, 1.5, 2.5)
+    monkeypatch.setattr(QuantizationObjective, "latency", lambda *a, **options: slow)
+    elsewhere = dataclasses.replace(get_target("cpu"), name="elsewhere", measures_latency=False)
+    (line,) = remark_lines(run(target=elsewhere))
+    assert "says nothing about target 'elsewhere'" in line
+
+
 def test_a_bound_kept_by_luck_gives_way_to_the_next_trial(  # type: ignore[no-untyped-def]
     run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +213,7 @@ def test_what_a_bound_on_latency_allows_is_spent_on_accuracy(  # type: ignore[no
     run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def latency(self: object, model: bytes, *, repeats: int = 0) -> LatencyRatio:
-        ratio = 20_000 / len(model)  # the best of the four is the smallest
+        ratio = (len(model) / 20_000) ** 8  # the least noisy of the four is not the smallest
         return LatencyRatio(ratio, 1.0, ratio, 0.99 * ratio, 1.01 * ratio)
 
     monkeypatch.setattr(QuantizationObjective, "latency", latency)
@@ -374,6 +385,7 @@ def test_nothing_is_expected_of_the_latency_on_a_device_that_is_not_here(
         many_inputs.bind([InputSpec("input", (None, 3, 16, 16), np.dtype(np.float32))]),
         space=SPACE,
         target=get_target("tensorrt"),
+        takes_batches=lambda: True,
         cache=None,
         progress=lambda stage, done, total: None,
     )

@@ -4,10 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import optuna
 import pytest
 from numpy.typing import NDArray
+from onnx import helper
+from onnx import numpy_helper
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
@@ -233,6 +236,60 @@ def test_a_float_model_near_chance_is_reported(
     )
     assert objective.float_evaluation.measurement.top1 == pytest.approx(0.0, abs=0.15)
     assert "preprocessing" in caplog.text
+
+
+def add_mean_of_batch(graph: onnx.GraphProto) -> None:
+    graph.node[-1].output[0] = "own"
+    graph.node.append(helper.make_node("ReduceMean", ["own"], ["shared"], axes=[0], keepdims=1))
+    graph.node.append(helper.make_node("Add", ["own", "shared"], ["logits"]))
+
+
+def reshape_one_input(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(numpy_helper.from_array(np.array([1, 16]), "one"))
+    flatten = next(node for node in graph.node if node.op_type == "Flatten")
+    flatten.CopyFrom(helper.make_node("Reshape", ["mean", "one"], ["features"], name="flatten"))
+
+
+@pytest.mark.parametrize("change", [add_mean_of_batch, reshape_one_input])
+def test_a_model_that_two_inputs_at_once_confuse_is_run_one_input_at_a_time(  # type: ignore[no-untyped-def]
+    toy_model: Path,
+    toy_inputs: NDArray[np.float32],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change,
+) -> None:
+    model = onnx.load(toy_model)
+    change(model.graph)
+    onnx.save(model, tmp_path / "free.onnx")
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, tmp_path / "fixed.onnx")
+    free, fixed = (
+        QuantizationObjective(
+            tmp_path / name,
+            calibration=ArrayInputs(toy_inputs[:40]),
+            evaluation=ArrayInputs(toy_inputs),
+            space=SearchSpace({"equalization": [False, True], "bias_correction": [True]}),
+            metric="sqnr_db",
+            cache=None,
+        )
+        for name in ("free.onnx", "fixed.onnx")
+    )
+    for equalization in (False, True):
+        ours, theirs = (enqueued(o, equalization=equalization) for o in (free, fixed))
+        assert ours.state is TrialState.COMPLETE
+        assert ours.value == pytest.approx(theirs.value, abs=0.01)
+        assert ours.user_attrs["predicted_sqnr_db"] == pytest.approx(
+            theirs.user_attrs["predicted_sqnr_db"], abs=0.01
+        )
+    assert caplog.text.count("Inputs are run one at a time") == 1
+
+
+def test_a_model_that_takes_batches_is_run_in_batches(
+    objective: QuantizationObjective, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert objective.quantizer.model.takes_batches
+    assert "one at a time" not in caplog.text
 
 
 def test_labels_beyond_the_classes_are_named(

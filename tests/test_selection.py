@@ -20,6 +20,7 @@ def add(
     *,
     latency: float,
     sqnr: float,
+    margin_sqnr: float = 0.0,
     size: int = 1000,
     bounds: dict[str, float] | None = None,
 ) -> None:
@@ -28,7 +29,8 @@ def add(
     bits[wrong] = False
     trial = study.ask()
     attributes = {"n": 500, "agreement": bits.mean(), "latency_ratio": latency, "sqnr_db": sqnr}
-    for name, value in {**attributes, "size_bytes": size}.items():
+    attributes |= {"margin_sqnr_db": margin_sqnr, "size_bytes": size}
+    for name, value in attributes.items():
         trial.set_user_attr(name, value)
     for key in (CORRECT_KEY, AGREES_KEY):
         trial.set_user_attr(key, pack(bits))
@@ -99,13 +101,26 @@ def test_the_smallest_wins_where_that_is_preferred(study: optuna.Study) -> None:
     assert select(study)[0].number == 0
 
 
-def test_the_best_itself_wins_where_accuracy_is_preferred(study: optuna.Study) -> None:
-    add(study, range(22), latency=0.5, sqnr=20.0, size=10_000)
-    add(study, range(20), latency=0.9, sqnr=18.0, size=20_000)
-    add(study, range(20), latency=0.9, sqnr=19.0, size=20_000)
-    add(study, range(30), latency=0.9, sqnr=30.0)  # scores that tie: little noise, worse
+def test_the_least_noise_wins_where_accuracy_is_preferred(study: optuna.Study) -> None:
+    add(study, range(22), latency=0.5, sqnr=18.0, size=10_000)
+    add(study, range(20), latency=0.9, sqnr=18.0, size=20_000)  # the best value
+    add(study, range(22), latency=0.9, sqnr=19.0, size=20_000)
+    add(study, range(40), latency=0.9, sqnr=30.0)  # really worse
     assert select(study, prefer="accuracy")[0].number == 2
     assert select(study)[0].number == 0
+
+
+def test_noise_of_margins_counts_more_than_that_of_scores(study: optuna.Study) -> None:
+    add(study, range(20), latency=0.5, sqnr=30.0, margin_sqnr=10.0)  # scores that tie
+    add(study, range(20), latency=0.5, sqnr=20.0, margin_sqnr=15.0)
+    assert select(study, prefer="accuracy")[0].number == 1
+    assert select(study)[0].number == 1
+
+
+def test_accuracy_is_preferred_within_a_bound_on_it_too(study: optuna.Study) -> None:
+    add(study, range(20), latency=0.9, sqnr=18.0, bounds={"accuracy_drop": -0.1})
+    add(study, range(60), latency=0.9, sqnr=19.0, bounds={"accuracy_drop": -0.02})
+    assert select(study, prefer="accuracy")[0].number == 0
 
 
 def test_under_a_bound_on_latency_the_most_accurate_within_it_is_chosen(

@@ -24,6 +24,7 @@ from optuna_quantune.evaluation.metrics import near_chance
 from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.evaluation.runner import run
+from optuna_quantune.evaluation.runner import why_one_at_a_time
 
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Evaluator:
         specs: Its inputs.
         output_names: Its outputs, in their order.
         inputs: What models are measured on, with labels if there are any.
+        calibration: What the float model is run on for calibration, to try it out.
         metric: What counts.
         compares_outputs: Whether models are run on `inputs`; if not, the user's own loop is all
             that is measured, and one input is there for the latency.
@@ -91,6 +93,7 @@ class Evaluator:
         specs: Sequence[InputSpec],
         output_names: Sequence[str],
         inputs: InputSource,
+        calibration: InputSource,
         metric: ChosenMetric,
         compares_outputs: bool,
         providers: Sequence[Provider],
@@ -102,15 +105,27 @@ class Evaluator:
         self._specs = specs
         self._output_names = output_names
         self._inputs = inputs
+        self._calibration = calibration
         self._metric = metric
         self._compares_outputs = compares_outputs
         self._providers = providers
         self._threads = threads
-        self._batch_size = batch_size
+        self._given_batch_size = batch_size
         self._progress = progress
 
-    def try_out(self, *sources: InputSource) -> None:
-        """Runs the float model on one input of each source, to find mistakes before long work.
+    @cached_property
+    def batch_size(self) -> int | None:
+        """Inputs that are run at a time; None chooses, where the model takes several."""
+        if self._given_batch_size is not None:
+            return self._given_batch_size
+        reason = why_one_at_a_time(self._float_session, self._calibration, self._output_names)
+        if reason is None:
+            return None
+        _logger.warning(f"Inputs are run one at a time, which takes longer: {reason}.")
+        return 1
+
+    def try_out(self) -> None:
+        """Runs the float model on single inputs, to find mistakes before long work.
 
         Raises:
             InputError: It cannot be run on one of them, or labels do not fit its outputs.
@@ -118,7 +133,7 @@ class Evaluator:
         if "float_evaluation" in self.__dict__:
             return
         session = self._float_session  # kept for what else the float model is run on
-        for inputs in (*sources, self._inputs):
+        for inputs in (self._calibration, self._inputs):
             outputs = self.outputs(session, inputs.subset([0]), "float model")
         if self._metric.of_classes:
             classes = class_scores(next(iter(outputs.values()))).shape[1]
@@ -209,7 +224,7 @@ class Evaluator:
         parts: dict[str, list[NDArray[Any]]] = {name: [] for name in self._output_names}
         done = 0
         for indices, values in iterate(
-            session, inputs, batch_size=self._batch_size, outputs=self._output_names
+            session, inputs, batch_size=self.batch_size, outputs=self._output_names
         ):
             for name, batch in parts.items():
                 batch.append(values[name])
@@ -229,7 +244,7 @@ class Evaluator:
             values = run(
                 session,
                 self._inputs,
-                batch_size=self._batch_size,
+                batch_size=self.batch_size,
                 indices=indices,
                 outputs=self._output_names,
             )

@@ -51,6 +51,8 @@ class Measurement:
             the outputs are not taken as scores of classes.
         sqnr_db: Output signal-to-quantization-noise ratio against the float model, in decibels;
             infinite where the outputs are equal, None where they were not compared.
+        margin_sqnr_db: The same of the margins by which the float model's classes win, which is
+            what predictions depend on; None where the outputs are not scores of classes.
         own: Value of the user's own metric; None if there is none.
     """
 
@@ -59,6 +61,7 @@ class Measurement:
     top5: float | None
     agreement: float | None
     sqnr_db: float | None
+    margin_sqnr_db: float | None = None
     own: float | None = None
 
 
@@ -81,6 +84,7 @@ def measure(
         top5=None if labels is None else top_k_accuracy(outputs, labels, k=5),
         agreement=agreement(outputs, reference),
         sqnr_db=sqnr_db(outputs, reference),
+        margin_sqnr_db=margin_sqnr_db(outputs, reference),
     )
 
 
@@ -188,6 +192,28 @@ def sqnr_db(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
     return _decibels(_noise_to_signal(outputs, reference))
 
 
+def margin_sqnr_db(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Signal-to-quantization-noise ratio of the margins that predictions rest on, in decibels.
+
+    A margin is the score of the float model's class minus the highest other score. Unlike the
+    outputs themselves, margins suffer where scores tie because they are cut off at one value.
+
+    Args:
+        outputs: Scores of shape (n, classes) or (n, classes, 1, 1).
+        reference: The float model's scores, of the same shape.
+
+    Returns:
+        See :func:`sqnr_db`.
+
+    Raises:
+        InputError: The outputs are not scores of classes, or have different shapes.
+    """
+    _check_same_shape(outputs, reference)
+    scores, expected = class_scores(outputs), class_scores(reference)
+    classes = expected.argmax(axis=1)
+    return sqnr_db(rank_margins(scores, classes, k=1), rank_margins(expected, classes, k=1))
+
+
 def mean_sqnr_db(
     outputs: Mapping[str, NDArray[Any]], reference: Mapping[str, NDArray[Any]]
 ) -> float:
@@ -226,6 +252,26 @@ def margins(outputs: NDArray[Any]) -> NDArray[np.float64]:
     """
     highest = np.partition(class_scores(outputs).astype(np.float64), -2, axis=1)[:, -2:]
     return np.asarray(highest[:, 1] - highest[:, 0])
+
+
+def rank_margins(
+    scores: NDArray[Any], classes: NDArray[np.int64], *, k: int
+) -> NDArray[np.float64]:
+    """How far a class is above the k-th highest score of the others.
+
+    Args:
+        scores: Shape (n, classes), with more than k classes.
+        classes: One class of each input, shape (n,).
+        k: Rank, at least 1.
+
+    Returns:
+        Shape (n,), in the unit of the scores; positive where the class is among the k highest.
+    """
+    rows = np.arange(len(scores))
+    others = scores.astype(np.float64)
+    own = others[rows, classes]
+    others[rows, classes] = -np.inf
+    return np.asarray(own - np.partition(others, -k, axis=1)[:, -k])
 
 
 def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Interval:

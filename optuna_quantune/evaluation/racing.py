@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from typing import Any
 from typing import Final
 from typing import TYPE_CHECKING
 
@@ -79,26 +78,6 @@ def order(margins: NDArray[np.float64], *, seed: int) -> NDArray[np.int64]:
         taken.add(index)
         rest.append(index)
     return np.concatenate([pilot, np.array(rest, dtype=np.int64)])
-
-
-def rank_margins(
-    scores: NDArray[Any], classes: NDArray[np.int64], *, k: int
-) -> NDArray[np.float64]:
-    """How far a class is above the k-th highest score of the others.
-
-    Args:
-        scores: Shape (n, classes), with more than k classes.
-        classes: One class of each input, shape (n,).
-        k: Rank, at least 1.
-
-    Returns:
-        Shape (n,), in the unit of the scores; positive where the class is among the k highest.
-    """
-    rows = np.arange(len(scores))
-    others = scores.astype(np.float64)
-    own = others[rows, classes]
-    others[rows, classes] = -np.inf
-    return np.asarray(own - np.partition(others, -k, axis=1)[:, -k])
 
 
 def looks(n: int) -> list[int]:

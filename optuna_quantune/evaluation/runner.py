@@ -34,6 +34,9 @@ Provider = str | tuple[str, dict[str, Any]]
 # Activations that stay in the processor's cache beat large batches; 4 is within a tenth of the
 # best everywhere and spreads the cost of a call, which matters for tiny models.
 DEFAULT_BATCH_SIZE = 4
+# By how much outputs may differ between batch sizes, as a share of the largest value: kernels add
+# up in another order, on some devices with few bits.
+_SAME = 1e-2
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -163,7 +166,9 @@ def iterate(
     fixed_sizes = {size for spec in specs for size in spec.shape[:1] if size is not None}
     if len(fixed_sizes) > 1:
         raise InputError(
-            f"the model's inputs have different fixed batch sizes: {sorted(fixed_sizes)}"
+            f"the model's inputs have different fixed batch sizes: {sorted(fixed_sizes)}; the "
+            "first axis of every input must count inputs, so make a state that is carried along "
+            "a constant (an initializer) of the model"
         )
     fixed_size = fixed_sizes.pop() if fixed_sizes else None
     if batch_size is None:
@@ -188,14 +193,13 @@ def iterate(
                 results = session.run(names, feed)
         except Exception as error:  # ONNX Runtime's errors share no narrower type
             raise InputError(
-                f"{source}: the model fails on a batch of {rows + padding}: "
-                f"{_first_line(error)}{_BATCH_ADVICE if rows > 1 else ''}"
+                f"{source}: the model fails on a batch of {rows + padding}: {_first_line(error)}"
             ) from error
         for name, result in zip(names, results, strict=True):
             if np.ndim(result) == 0 or len(result) != rows + padding:
                 raise InputError(
                     f"the model's output {name!r} has the shape {np.shape(result)} for a batch of "
-                    f"{rows + padding}: it has no batch axis{_BATCH_ADVICE if rows > 1 else ''}"
+                    f"{rows + padding}: it has no batch axis"
                 )
         return [result[:rows] for result in results]
 
@@ -253,10 +257,46 @@ def run(
     return collected
 
 
-_BATCH_ADVICE = (
-    "; if it takes one input at a time only, use batch_size=1 (of QuantizationObjective), "
-    "or fix its batch size at 1"
-)
+def why_one_at_a_time(
+    session: onnxruntime.InferenceSession, source: InputSource, outputs: Sequence[str]
+) -> str | None:
+    """Why a model whose batch axis is free cannot have several inputs in a batch after all.
+
+    Exporters mark the axis as free and leave reshapes behind that hold for one input only.
+
+    Args:
+        session: The model.
+        source: Inputs for it; two of them are run together and apart.
+        outputs: Names of the outputs that count.
+
+    Returns:
+        What becomes of two inputs in one batch. None if nothing does, or if there is nothing to
+        compare with: inputs or outputs of several shapes, or a model that fails on one input, too.
+    """
+    free = all(size is None for spec in input_specs(session) for size in spec.shape[:1])
+    same_shape = all(size is not None for spec in source.specs for size in spec.shape[1:])
+    if not (free and same_shape and len(source) > 1):
+        return None
+    two = source.subset([0, 1])
+    try:
+        apart = run(session, two, batch_size=1, outputs=outputs)
+    except InputError:
+        return None
+    try:
+        together = run(session, two, batch_size=2, outputs=outputs)
+    except InputError as error:
+        return str(error)
+    for name in outputs:
+        single, shared = (values[name].astype(np.float64) for values in (apart, together))
+        if single.shape != shared.shape or not np.allclose(
+            single, shared, rtol=0.0, atol=_SAME * _largest(single), equal_nan=True
+        ):
+            return f"{source}: the model's output {name!r} is another one for two inputs at once"
+    return None
+
+
+def _largest(values: NDArray[Any]) -> float:
+    return float(np.abs(values[np.isfinite(values)]).max(initial=np.finfo(np.float32).tiny))
 
 
 def _threads(session: onnxruntime.InferenceSession) -> int:

@@ -264,6 +264,11 @@ def _match(source: InputSource, specs: Sequence[InputSpec]) -> list[str]:
     else:
         names = [spec.name for spec in specs]
     for spec, name in zip(specs, names, strict=True):
+        if not spec.shape:
+            raise InputError(
+                f"{source}: the model's input {spec.name!r} is a single number without an axis "
+                "for batches; make it a constant (an initializer) of the model"
+            )
         if own[name].dtype != spec.dtype and not (
             own[name].dtype.kind == "f" and spec.dtype.kind == "f"
         ):

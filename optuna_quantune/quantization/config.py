@@ -65,7 +65,7 @@ class QuantizationConfig:
             steps than there are mean all but those that would leave no layer quantized.
         activation_bits: Width of the activations' integers; weights always have 8 bits.
         zero_dead_weights: Whether weights that meet nothing but zeros are set to 0, so that they
-            decide no scale (`lint.live_weights`).
+            decide no scale (`dead_weights.live_weights`).
         bias_correction: Whether the mean error that each quantized weight makes in its layer is
             taken off the layer's bias (`bias_correction.py`).
         equalization: Whether the channels of activations are rescaled to similar ranges first

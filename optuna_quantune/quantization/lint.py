@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import tempfile
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from typing import Final
@@ -23,34 +20,27 @@ from typing import Literal
 
 import numpy as np
 import onnx
-import onnxruntime
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization import QuantType
 
-from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.dead_weights import live_weights
 from optuna_quantune.quantization.graph import activation_bounds
-from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import constant_values
 from optuna_quantune.quantization.integer_only import float_nodes
 from optuna_quantune.quantization.model import FloatModel
-from optuna_quantune.quantization.model import quantized_node
-from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.processor import detect_vnni
+from optuna_quantune.quantization.quantized_graph import QuantizedGraph
+from optuna_quantune.quantization.quantized_graph import QuantizedLayer
 
 
 # Largest channel range over the median one from which on a single scale is said to destroy the
 # layer: it leaves the median channel less than 16 of the 255 levels, so less than 4 bits.
 WIDE_SPREAD: Final = 16.0
-# A channel with less than this share of the median channel's weights computes nothing.
-_NEGLIGIBLE: Final = 1e-4
 # Largest sum of two int8 weights whose products with uint8 activations fit into int16 together.
 _LARGEST_PAIR: Final = np.iinfo(np.int16).max // np.iinfo(np.uint8).max
 _NAMES_SHOWN: Final = 3
-# Operators of the ``QOperator`` format: which input is the bias, and which the output's scale.
-_INTEGER_OPS: Final = {"QLinearConv": (8, 6), "QGemm": (6, 7), "QLinearMatMul": (None, 6)}
 # What `quantize_static` of ONNX Runtime 1.32 reads of its `extra_options`.
 _KNOWN_OPTIONS: Final = (
     "ActivationRestrictedAsymmetric",
@@ -122,9 +112,9 @@ def lint_quantized(
     Raises:
         InputError: If ONNX Runtime cannot load the model.
     """
-    graph = _QuantizedGraph(proto)
+    graph = QuantizedGraph(proto)
     findings = [] if float_model is None else list(_lost_activations(graph, float_model))
-    rules: tuple[Callable[[_QuantizedGraph], Iterator[Finding]], ...] = (
+    rules: tuple[Callable[[QuantizedGraph], Iterator[Finding]], ...] = (
         _bias_overflow,
         _bias_scale,
         _weight_zero_points,
@@ -224,87 +214,11 @@ def lint_options(
     return findings
 
 
-def load_quantized(path: str | Path) -> onnx.ModelProto | None:
-    """Reads a model that has quantized tensors; anything else gives None."""
-    try:
-        proto = onnx.load(path)
-    except (DecodeError, OSError, ValueError):
-        return None
-    return None if quantized_node(proto) is None else proto
-
-
-def check_node_names(model: FloatModel, names: Sequence[str]) -> None:
-    """Refuses names that no node has; ``quantize_static(nodes_to_exclude=...)`` ignores them.
-
-    Raises:
-        InputError: If a name matches no node.
-    """
-    known = [node.name for node in model.proto.graph.node]
-    for name in names:
-        if name not in known:
-            alike = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise InputError(f"model {model.path}: no node {name!r}; did you mean {alike[0]!r}?")
-
-
 def channel_spread(weight: NDArray[np.float32], channel_axis: int) -> float:
     """Largest range of an output channel over the median one, at least 1."""
     others = tuple(axis for axis in range(weight.ndim) if axis != channel_axis)
     ranges = np.abs(weight).max(axis=others)
     return float(ranges.max() / max(float(np.median(ranges)), np.finfo(np.float32).tiny))
-
-
-def live_weights(
-    model: FloatModel, reach: Callable[[str], float | None] | None = None
-) -> dict[str, NDArray[np.float32]]:
-    """Weights by layer, with 0 where they meet input channels that are always 0.
-
-    A channel of a convolution without weights worth mentioning and without a positive bias is 0
-    behind its Relu. Folding a batch normalization whose gamma went to 0 leaves such channels, and
-    nothing in training held the weights that read them.
-
-    Args:
-        model: The prepared float model.
-        reach: The largest magnitude that a tensor has, None where that is not known. With it only
-            channels count that cannot come to more than a ten-thousandth of what their tensor
-            reaches; without it small weights are enough.
-    """
-    constants = constant_values(model.proto.graph)
-    operands = {node.name: len([n for n in node.input if n]) for node in model.proto.graph.node}
-    activations = {n.output[0]: n for n in model.proto.graph.node if n.op_type in ("Relu", "Clip")}
-    layers = {layer.output: layer for layer in model.layers if layer.op_type == "Conv"}
-    live: dict[str, NDArray[np.float32]] = {}
-    for layer in model.layers:
-        live[layer.name] = model.weights[layer.weight]
-        activation = activations.get(layer.input)
-        if layer.op_type != "Conv" or activation is None:
-            continue
-        before = layers.get(activation.input[0])
-        bounds = activation_bounds(activation, constants)
-        if before is None or bounds is None or bounds[0] != 0:
-            continue
-        if before.bias is None and operands[before.name] > 2:
-            continue  # the bias is computed
-        weight = model.weights[before.weight]
-        bias = 0.0 if before.bias is None else model.weights[before.bias]
-        sizes = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)))
-        dead = (sizes <= _NEGLIGIBLE * np.median(sizes)) & (np.asarray(bias) <= 0)
-        if reach is not None:
-            read, written = reach(before.input), reach(layer.input)
-            if read is None or written is None:
-                continue
-            dead &= sizes * read + bias <= _NEGLIGIBLE * written
-        live[layer.name] = _without(live[layer.name], layer.groups, np.flatnonzero(dead))
-    return live
-
-
-def _without(
-    weight: NDArray[np.float32], groups: int, inputs: NDArray[np.intp]
-) -> NDArray[np.float32]:
-    """A convolution's weight, shape (outputs, inputs / groups, ...), blind to some inputs."""
-    grouped = weight.reshape(groups, -1, *weight.shape[1:]).copy()
-    width = weight.shape[1]
-    grouped[inputs // width, :, inputs % width] = 0
-    return grouped.reshape(weight.shape)
 
 
 def _wide_channel_spread(
@@ -339,123 +253,7 @@ def _dead_channels(model: FloatModel, live: dict[str, NDArray[np.float32]]) -> I
         )
 
 
-@dataclass(frozen=True)
-class _Quantized:
-    """Scale and zero point of a tensor, and its integers if it is a constant."""
-
-    name: str
-    scale: NDArray[Any]
-    zero_point: NDArray[Any]
-    integers: NDArray[Any] | None
-
-
-@dataclass(frozen=True)
-class _QuantizedLayer:
-    """A layer whose weight is stored as integers; `bias_scale` is None where it is implied."""
-
-    name: str
-    op_type: str
-    groups: int
-    input: _Quantized | None
-    weight: _Quantized
-    bias: NDArray[Any] | None
-    bias_scale: NDArray[Any] | None
-
-
-class _QuantizedGraph:
-    """A quantized model as the rules look at it."""
-
-    def __init__(self, proto: onnx.ModelProto) -> None:
-        self.proto = proto
-        self._constants = constant_values(proto.graph)
-        self._dequantizers = {
-            node.output[0]: node for node in proto.graph.node if node.op_type == "DequantizeLinear"
-        }
-
-    @cached_property
-    def layers(self) -> list[_QuantizedLayer]:
-        return [layer for node in self.proto.graph.node if (layer := self._layer(node))]
-
-    @cached_property
-    def activations(self) -> dict[str, _Quantized]:
-        """Parameters by the name that the tensor has in a float model."""
-        found: dict[str, _Quantized | None] = {}
-        for node in self.proto.graph.node:
-            if node.op_type == "QuantizeLinear":
-                found[node.input[0]] = self._quantized("", *node.input[1:3])
-            elif node.op_type in _INTEGER_OPS:
-                _, at = _INTEGER_OPS[node.op_type]
-                tensor = node.output[0].removesuffix("_quantized")
-                found[tensor] = self._quantized("", *node.input[at : at + 2])
-        return {tensor: parameters for tensor, parameters in found.items() if parameters}
-
-    @cached_property
-    def computed_in_float(self) -> list[_QuantizedLayer]:
-        """Layers for which ONNX Runtime dequantizes the weight instead of using its integers."""
-        kept = {
-            node.input[0]
-            for node in self._optimized.graph.node
-            if node.op_type == "DequantizeLinear"
-        }
-        return [layer for layer in self.layers if layer.weight.name in kept]
-
-    @cached_property
-    def quantized_when_loaded(self) -> list[str]:
-        """Names of layers of which ONNX Runtime replaces the float weight by integers."""
-        floats = {tensor.name for tensor in self.proto.graph.initializer}
-        left = {tensor.name for tensor in self._optimized.graph.initializer}
-        return [
-            node.name or node.output[0]
-            for node in self.proto.graph.node
-            if node.op_type in WEIGHTED_OPS
-            and node.input[0] in self._dequantizers
-            and node.input[1] in floats - left
-        ]
-
-    @cached_property
-    def _optimized(self) -> onnx.ModelProto:
-        return _optimized(self.proto)
-
-    def _layer(self, node: onnx.NodeProto) -> _QuantizedLayer | None:
-        inputs = [*node.input, *[""] * 9]  # those left out at the end are named by nothing
-        bias: _Quantized | None = None
-        integers = None
-        if node.op_type in _INTEGER_OPS:
-            at, _ = _INTEGER_OPS[node.op_type]
-            data, weight = self._quantized(*inputs[:3]), self._quantized(*inputs[3:6])
-            integers = None if at is None else self._constants.get(inputs[at])
-        elif node.op_type in WEIGHTED_OPS:
-            data, weight, bias = (self._dequantized(name) for name in inputs[:3])
-            integers = None if bias is None else bias.integers
-        else:
-            return None
-        if weight is None or weight.integers is None:
-            return None
-        return _QuantizedLayer(
-            name=node.name or node.output[0],
-            op_type=node.op_type,
-            groups=attribute_of(node, "group", 1),
-            input=data,
-            weight=weight,
-            bias=integers,
-            bias_scale=None if bias is None else bias.scale,
-        )
-
-    def _dequantized(self, tensor: str) -> _Quantized | None:
-        node = self._dequantizers.get(tensor)
-        return None if node is None else self._quantized(*node.input)
-
-    def _quantized(self, name: str, scale: str, zero_point: str = "") -> _Quantized | None:
-        if scale not in self._constants:
-            return None
-        integers = self._constants.get(name)
-        default = np.zeros((), np.uint8 if integers is None else integers.dtype)
-        return _Quantized(
-            name, self._constants[scale], self._constants.get(zero_point, default), integers
-        )
-
-
-def _lost_activations(graph: _QuantizedGraph, model: FloatModel) -> Iterator[Finding]:
+def _lost_activations(graph: QuantizedGraph, model: FloatModel) -> Iterator[Finding]:
     constants = constant_values(model.proto.graph)
     nodes = [node for node in graph.proto.graph.node if node.op_type in ("Relu", "Clip")]
     there = {node.name for node in nodes} | {name for node in nodes for name in node.output}
@@ -482,7 +280,7 @@ def _lost_activations(graph: _QuantizedGraph, model: FloatModel) -> Iterator[Fin
         )
 
 
-def _bias_overflow(graph: _QuantizedGraph) -> Iterator[Finding]:
+def _bias_overflow(graph: QuantizedGraph) -> Iterator[Finding]:
     limits = np.iinfo(np.int32)
     full = [
         layer.name
@@ -499,7 +297,7 @@ def _bias_overflow(graph: _QuantizedGraph) -> Iterator[Finding]:
         )
 
 
-def _bias_scale(graph: _QuantizedGraph) -> Iterator[Finding]:
+def _bias_scale(graph: QuantizedGraph) -> Iterator[Finding]:
     odd = [layer.name for layer in graph.layers if _has_own_bias_scale(layer)]
     if odd:
         yield Finding(
@@ -510,7 +308,7 @@ def _bias_scale(graph: _QuantizedGraph) -> Iterator[Finding]:
         )
 
 
-def _weight_zero_points(graph: _QuantizedGraph) -> Iterator[Finding]:
+def _weight_zero_points(graph: QuantizedGraph) -> Iterator[Finding]:
     uneven = [layer.name for layer in graph.layers if _has_uneven_zero_points(layer)]
     if uneven:
         yield Finding(
@@ -521,7 +319,7 @@ def _weight_zero_points(graph: _QuantizedGraph) -> Iterator[Finding]:
         )
 
 
-def _computed_in_float(graph: _QuantizedGraph) -> Iterator[Finding]:
+def _computed_in_float(graph: QuantizedGraph) -> Iterator[Finding]:
     unexplained = [
         layer
         for layer in graph.computed_in_float
@@ -561,7 +359,7 @@ def _computed_in_float(graph: _QuantizedGraph) -> Iterator[Finding]:
         )
 
 
-def _quantized_when_loaded(graph: _QuantizedGraph) -> Iterator[Finding]:
+def _quantized_when_loaded(graph: QuantizedGraph) -> Iterator[Finding]:
     if graph.quantized_when_loaded:
         yield Finding(
             "quantized-when-loaded",
@@ -572,7 +370,7 @@ def _quantized_when_loaded(graph: _QuantizedGraph) -> Iterator[Finding]:
         )
 
 
-def _equal_scales(graph: _QuantizedGraph) -> Iterator[Finding]:
+def _equal_scales(graph: QuantizedGraph) -> Iterator[Finding]:
     equal = [
         layer.name
         for layer in graph.layers
@@ -587,7 +385,7 @@ def _equal_scales(graph: _QuantizedGraph) -> Iterator[Finding]:
         )
 
 
-def _no_shift(graph: _QuantizedGraph) -> Iterator[Finding]:
+def _no_shift(graph: QuantizedGraph) -> Iterator[Finding]:
     """Float work between integers, in a model whose scales are all powers of two."""
     scales = [layer.weight.scale for layer in graph.layers]
     scales += [parameters.scale for parameters in graph.activations.values()]
@@ -604,7 +402,7 @@ def _no_shift(graph: _QuantizedGraph) -> Iterator[Finding]:
         )
 
 
-def _saturating_pairs(graph: _QuantizedGraph, vnni: bool | None) -> Iterator[Finding]:
+def _saturating_pairs(graph: QuantizedGraph, vnni: bool | None) -> Iterator[Finding]:
     saturating = [layer.name for layer in graph.layers if not vnni and _may_saturate(layer)]
     if saturating:
         processor = "this processor has no VNNI" if vnni is False else "on x86-64 without VNNI"
@@ -617,7 +415,7 @@ def _saturating_pairs(graph: _QuantizedGraph, vnni: bool | None) -> Iterator[Fin
         )
 
 
-def _may_saturate(layer: _QuantizedLayer) -> bool:
+def _may_saturate(layer: QuantizedLayer) -> bool:
     """Whether two products of uint8 activations and weights can leave int16 together.
 
     Depthwise convolutions have a kernel of their own that does not add in pairs; uint8 weights
@@ -635,37 +433,19 @@ def _may_saturate(layer: _QuantizedLayer) -> bool:
     return pairs > _LARGEST_PAIR
 
 
-def _has_own_bias_scale(layer: _QuantizedLayer) -> bool:
+def _has_own_bias_scale(layer: QuantizedLayer) -> bool:
     if layer.bias_scale is None or layer.input is None:
         return False
     product = layer.input.scale * layer.weight.scale
     return not np.allclose(layer.bias_scale, product, rtol=1e-3, atol=0)
 
 
-def _has_uneven_zero_points(layer: _QuantizedLayer) -> bool:
+def _has_uneven_zero_points(layer: QuantizedLayer) -> bool:
     return bool(np.any(layer.weight.zero_point != layer.weight.zero_point.flat[0]))
 
 
-def _activation_dtype(layer: _QuantizedLayer) -> np.dtype[Any] | None:
+def _activation_dtype(layer: QuantizedLayer) -> np.dtype[Any] | None:
     return None if layer.input is None else layer.input.zero_point.dtype
-
-
-def _optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """What ONNX Runtime makes of a model before memory layouts are chosen."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(path)
-        try:
-            onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class
-            reason = str(error).splitlines()[0]
-            raise InputError(f"ONNX Runtime cannot load the quantized model ({reason})") from error
-        return onnx.load(path)
 
 
 def _layers(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import logging
 import tempfile
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from typing import Final
@@ -125,6 +127,11 @@ class FloatModel:
         """Whether the first axis of every input is free, so that several can be run at once."""
         return all(spec.shape and spec.shape[0] is None for spec in self.inputs)
 
+    def one_at_a_time(self) -> FloatModel:
+        """The model as one that is run on a single input, whatever its file says of batches."""
+        inputs = (replace(spec, shape=(1, *spec.shape[1:])) for spec in self.inputs)
+        return replace(self, inputs=tuple(inputs))
+
 
 def load_float_model(path: str | Path) -> FloatModel:
     """Reads, checks and prepares a float ONNX model.
@@ -173,6 +180,19 @@ def load_float_model(path: str | Path) -> FloatModel:
         layers=layers,
         weights={name: numpy_helper.to_array(initializers[name]) for name in sorted(names)},
     )
+
+
+def check_node_names(model: FloatModel, names: Sequence[str]) -> None:
+    """Refuses names that no node has; ``quantize_static(nodes_to_exclude=...)`` ignores them.
+
+    Raises:
+        InputError: If a name matches no node.
+    """
+    known = [node.name for node in model.proto.graph.node]
+    for name in names:
+        if name not in known:
+            alike = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise InputError(f"model {model.path}: no node {name!r}; did you mean {alike[0]!r}?")
 
 
 def _refuse_quantized(proto: onnx.ModelProto, path: Path) -> None:
@@ -326,7 +346,7 @@ def _channel_axis(node: onnx.NodeProto, rank: int) -> int:
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
-    shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
     return TensorSpec(
         name=value.name,
         shape=shape,

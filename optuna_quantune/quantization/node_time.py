@@ -28,7 +28,7 @@ _NODE: Final = {"float": 1.5e3, "int8": 3.5e3}
 _MULTIPLICATION: Final = {"float": 0.014, "int8": 0.0027}
 _DEPTHWISE: Final = {"float": 0.012, "int8": 0.028}
 # Channels that the depthwise kernels take at once. The float one is not used for other numbers of
-# them, and integer ones are filled up (`kernels.py`).
+# them, and integer ones are filled up (`kernel_channels.py`).
 CHANNELS_AT_ONCE: Final = {"float": 4, "int8": 16}
 _ODD_DEPTHWISE: Final = 0.2
 _WEIGHT: Final = {"float": 0.35, "int8": 0.15}

@@ -52,7 +52,7 @@ from optuna_quantune.quantization.graph import groups_of
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import sort_nodes
-from optuna_quantune.quantization.lint import check_node_names
+from optuna_quantune.quantization.model import check_node_names
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import NORMALIZATION_OPS
 from optuna_quantune.quantization.model import WEIGHTED_OPS

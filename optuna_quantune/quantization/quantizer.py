@@ -30,6 +30,7 @@ from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
+from optuna_quantune.quantization.dead_weights import live_weights
 from optuna_quantune.quantization.digest import canonical_digest
 from optuna_quantune.quantization.fusion import fuse
 from optuna_quantune.quantization.fusion import separate
@@ -46,7 +47,6 @@ from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.islands import between_float_nodes
 from optuna_quantune.quantization.kernels import adapt
-from optuna_quantune.quantization.lint import live_weights
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.model import WEIGHTED_OPS

@@ -186,7 +186,12 @@ def remark_lines(result: TuningResult) -> list[str]:
     if result.missed:
         lines.append("This is the best model so far; more trials or a larger space may do better.")
     latency = result.latency
-    if latency.low > 1:
+    if not result.target.measures_latency:
+        lines.append(
+            f"The latency is that of this machine, which says nothing about target "
+            f"{result.target.name!r}; it decided nothing."
+        )
+    elif latency.low > 1:
         lines.append(
             f"SLOWER than the float model on this machine: {latency.ratio:.2f}x "
             f"[{latency.low:.2f}, {latency.high:.2f}]."

@@ -258,6 +258,13 @@ def test_inputs_of_different_shapes_are_a_free_axis_and_cannot_share_a_batch() -
         source.bind([InputSpec("ids", (None, 3), np.dtype(np.int64))])
 
 
+def test_an_input_that_is_a_single_number_is_refused() -> None:
+    source = ArrayInputs({"x": X, "scale": np.ones(len(X), np.float32)})
+    single = InputSpec("scale", (), np.dtype(np.float32))
+    with pytest.raises(InputError, match="'scale' is a single number .* make it a constant"):
+        source.bind([InputSpec("x", (None, *X.shape[1:]), X.dtype), single])
+
+
 def test_the_fingerprint_tells_shapes_of_the_same_bytes_apart() -> None:
     def reader(shapes: list[tuple[int, ...]]) -> ReaderInputs:
         class Zeros:

@@ -12,10 +12,12 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.metrics import agreement
 from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.evaluation.metrics import jackknife_interval
+from optuna_quantune.evaluation.metrics import margin_sqnr_db
 from optuna_quantune.evaluation.metrics import margins
 from optuna_quantune.evaluation.metrics import measure
 from optuna_quantune.evaluation.metrics import near_chance
 from optuna_quantune.evaluation.metrics import paired_difference_interval
+from optuna_quantune.evaluation.metrics import rank_margins
 from optuna_quantune.evaluation.metrics import sqnr_db
 from optuna_quantune.evaluation.metrics import top_k_accuracy
 from optuna_quantune.evaluation.metrics import wilson_interval
@@ -259,3 +261,29 @@ def test_the_jackknife_of_a_ratio_holds_the_true_value_as_often_as_it_says() -> 
 def test_a_statistic_that_is_not_finite_has_no_interval() -> None:
     interval = jackknife_interval(lambda indices: math.inf, 5)
     assert (interval.low, interval.high) == (-math.inf, math.inf)
+
+
+def test_the_margin_of_a_rank_says_whether_a_class_is_among_the_highest() -> None:
+    rng = np.random.default_rng(0)
+    scores, classes = rng.normal(size=(50, 8)), rng.integers(0, 8, 50)
+    for k in (1, 5):
+        among = [c in np.argsort(-row)[:k] for row, c in zip(scores, classes, strict=True)]
+        assert ((rank_margins(scores, classes, k=k) > 0) == among).all()
+
+
+def test_noise_of_margins_is_that_of_the_float_models_class_against_the_next() -> None:
+    reference = np.array([[4.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
+    outputs = np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 2.5]])  # margins 2 of 3, -0.5 of 1
+    expected = 10 * math.log10((3.0**2 + 1.0**2) / (1.0**2 + 1.5**2))
+    assert margin_sqnr_db(outputs, reference) == pytest.approx(expected)
+    assert measure(outputs, reference=reference, labels=None).margin_sqnr_db == pytest.approx(
+        expected
+    )
+    assert margin_sqnr_db(reference + 7.0, reference) == math.inf  # no prediction changes
+
+
+def test_scores_that_are_cut_off_are_noise_of_margins_more_than_of_outputs() -> None:
+    reference = np.array([[10.0, 9.0, -10.0, -10.0]])
+    cut_off = np.minimum(reference, 9.0)
+    assert sqnr_db(cut_off, reference) > 20
+    assert margin_sqnr_db(cut_off, reference) == pytest.approx(0.0)

@@ -12,7 +12,6 @@ from optuna_quantune.evaluation.racing import looks
 from optuna_quantune.evaluation.racing import order
 from optuna_quantune.evaluation.racing import PILOT
 from optuna_quantune.evaluation.racing import Race
-from optuna_quantune.evaluation.racing import rank_margins
 from optuna_quantune.evaluation.racing import SMALLEST_RACE
 from optuna_quantune.evaluation.racing import weights
 
@@ -220,11 +219,3 @@ def test_weights_give_the_pilot_the_place_of_what_was_not_run() -> None:
     # Margins themselves are nearly uniform, so that their mean is nearly met.
     assert result @ margins / 640 == pytest.approx(margins.mean(), rel=0.05)
     assert (weights(margins, np.ones(640, np.bool_)) == 1).all()
-
-
-def test_the_margin_of_a_rank_says_whether_a_class_is_among_the_highest() -> None:
-    rng = np.random.default_rng(0)
-    scores, classes = rng.normal(size=(50, 8)), rng.integers(0, 8, 50)
-    for k in (1, 5):
-        among = [c in np.argsort(-row)[:k] for row, c in zip(scores, classes, strict=True)]
-        assert ((rank_margins(scores, classes, k=k) > 0) == among).all()

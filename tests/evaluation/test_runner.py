@@ -22,6 +22,7 @@ from optuna_quantune.evaluation.runner import input_specs
 from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.evaluation.runner import run
+from optuna_quantune.evaluation.runner import why_one_at_a_time
 
 
 WEIGHT = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
@@ -199,9 +200,28 @@ def test_a_model_that_takes_one_input_at_a_time_in_secret_is_explained() -> None
         [onnx.numpy_helper.from_array(np.array([1, 3]), "shape")],
     )
     session = make_session(model)
-    with pytest.raises(InputError, match=r"array inputs: the model fails .* use batch_size=1"):
+    with pytest.raises(InputError, match=r"array inputs: the model fails on a batch of 2: "):
         run(session, ArrayInputs(X), batch_size=2)
     assert np.array_equal(run(session, ArrayInputs(X), batch_size=1)["y"], X)
+
+
+def test_why_inputs_are_run_one_at_a_time_is_said() -> None:
+    inputs = ArrayInputs(X)
+    assert why_one_at_a_time(make_session(linear_model()), inputs, ["logits", "twice"]) is None
+    assert why_one_at_a_time(make_session(linear_model(1)), inputs, ["logits"]) is None
+    model = graph_bytes(
+        [
+            helper.make_node("ReduceMax", ["x"], ["largest"], axes=[0], keepdims=1),
+            helper.make_node("Sub", ["x", "largest"], ["y"]),
+            helper.make_node("Identity", ["x"], ["z"]),
+        ],
+        [tensor("x", "n", 3)],
+        [tensor("y", "n", 3), tensor("z", "n", 3)],
+    )
+    session = make_session(model)
+    assert why_one_at_a_time(session, inputs, ["z"]) is None
+    assert why_one_at_a_time(session, inputs.subset([0]), ["y"]) is None
+    assert "'y' is another one for two inputs" in str(why_one_at_a_time(session, inputs, ["y"]))
 
 
 def test_an_output_without_batch_axis_is_an_error() -> None:

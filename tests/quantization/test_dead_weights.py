@@ -13,7 +13,7 @@ from onnx import helper
 from onnx import numpy_helper
 
 from optuna_quantune.quantization.config import QuantizationConfig
-from optuna_quantune.quantization.lint import live_weights
+from optuna_quantune.quantization.dead_weights import live_weights
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.quantizer import Quantizer
 

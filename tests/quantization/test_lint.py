@@ -23,17 +23,17 @@ from onnxruntime.quantization import QuantType
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import channel_spread
-from optuna_quantune.quantization.lint import check_node_names
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.lint import lint_config
 from optuna_quantune.quantization.lint import lint_model
 from optuna_quantune.quantization.lint import lint_options
 from optuna_quantune.quantization.lint import lint_quantized
-from optuna_quantune.quantization.lint import load_quantized
+from optuna_quantune.quantization.model import check_node_names
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.processor import detect_vnni
+from optuna_quantune.quantization.quantized_graph import load_quantized
 from optuna_quantune.quantization.quantizer import Quantizer
 
 

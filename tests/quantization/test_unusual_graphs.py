@@ -378,6 +378,7 @@ def builder_of(path: Path, target: str, source: type[ArrayInputs] = ArrayInputs)
         source({"x": inputs()}).bind(specs),
         space=get_target(target).restrict(SearchSpace.preset("extended")),
         target=get_target(target),
+        takes_batches=lambda: True,
         cache=None,
         progress=lambda stage, done, total: None,
     )
