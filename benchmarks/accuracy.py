@@ -8,11 +8,11 @@ the configuration that agrees most often with the float model and is fast enough
 with one thread of at most 0.55 times the float model's, 0.8 for ShuffleNet, whose float model is
 the fastest. Of a model with which nothing is that fast, it may be a tenth slower than the fastest.
 The search sees 256 calibration images that calibration did not use (of CIFAR-10 other test
-images). The trials that a paired test cannot tell from the best are ranked by output noise. A
-trial's latency is a quick measurement; it is repeated for the best trials, from the best one down,
-until one is fast enough. That model is measured on the 1,000 labelled validation images (CIFAR-10:
-2,000 test images), and its latency five times more, with one thread and with all; the table has
-the middle one.
+images). The trials that a paired test cannot tell from the best are ranked by the noise of the
+margins between classes, as in `tune`. A trial's latency is a quick measurement; it is repeated for
+the best trials, from the best one down, until one is fast enough. That model is measured on the
+1,000 labelled validation images (CIFAR-10: 2,000 test images), and its latency five times more,
+with one thread and with all; the table has the middle one.
 
 With `--target vta`, an integer-only accelerator, the spaces are the paper's 12 configurations and
 `extended`; nothing is said of latency, which this machine's would tell nothing about.
@@ -65,8 +65,8 @@ from optuna_quantune.quantization.config import MixedPrecision
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.sensitivity import LONGEST_ORDER
 from optuna_quantune.selection import AGREES_KEY
+from optuna_quantune.selection import little_noise
 from optuna_quantune.selection import rank
-from optuna_quantune.selection import sqnr_db
 from optuna_quantune.selection import tells_apart
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.tuning import make_sampler
@@ -201,7 +201,7 @@ def choose(
     best = max(trials, key=lambda trial: rank(trial, "maximize"))
     ranked = sorted(
         (trial for trial in trials if not tells_apart(best, trial, AGREES_KEY)),
-        key=sqnr_db,
+        key=little_noise,
         reverse=True,
     )
     if bound is None:
