@@ -30,8 +30,11 @@ class LatencyRatio:
     """Latency of a model against a reference model.
 
     Attributes:
-        median_ms: Median milliseconds of one run of the model.
-        reference_median_ms: Median milliseconds of one run of the reference model.
+        median_ms: Milliseconds of one run of the model: such that the quotient of this and the
+            next is `ratio`, and their geometric mean the median of that of neighbouring runs. (On
+            a machine with a fast and a slow phase the medians of the two models can be of
+            different phases.)
+        reference_median_ms: Milliseconds of one run of the reference model.
         ratio: Median of the ratios of neighbouring runs, model over reference; below 1 the model
             is faster.
         low: Lower end of the 95 % confidence interval of ``ratio``.
@@ -95,8 +98,9 @@ def latency_ratio(
                 total += sum(pair)
     milliseconds = np.array(pairs)
     low, ratio, high = median_interval(milliseconds[:, 0] / milliseconds[:, 1])
-    median, reference_median = np.median(milliseconds, axis=0).tolist()
-    return LatencyRatio(median, reference_median, ratio, low, high)
+    both = float(np.median(np.sqrt(milliseconds.prod(axis=1))))
+    part = math.sqrt(ratio)
+    return LatencyRatio(both * part, both / part, ratio, low, high)
 
 
 def median_interval(

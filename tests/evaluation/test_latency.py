@@ -61,6 +61,26 @@ def test_fast_models_are_run_more_often(clock: Clock) -> None:
         assert clock.calls.count("q") == clock.calls.count("f") == expected
 
 
+def test_milliseconds_are_of_one_phase_of_the_machine(clock: Clock) -> None:
+    class TwoSpeeds:
+        """Ten slow pairs, ten fast ones, and one between in which only the model is slow."""
+
+        def __init__(self, name: str, milliseconds: float, slow: int) -> None:
+            self.session, self.slow, self.runs = clock.session(name, milliseconds), slow, 0
+
+        def run(self, names: None, feed: dict[str, Any]) -> None:
+            self.runs += 1
+            clock.slowdown = 3.0 if self.runs <= self.slow else 1.0
+            self.session.run(names, feed)
+
+    model: Any = TwoSpeeds("q", 1.0, 11)
+    reference: Any = TwoSpeeds("f", 2.0, 10)  # medians by themselves: 3 and 2
+    result = latency_ratio(model, reference, [FEED], repeats=21, seconds=0, warmup=0)
+    assert result.ratio == pytest.approx(0.5)
+    assert result.median_ms / result.reference_median_ms == pytest.approx(0.5)
+    assert 1.0 <= result.median_ms <= 3.0
+
+
 def test_a_slow_phase_of_the_machine_does_not_change_the_ratio(clock: Clock) -> None:
     class Drifting:
         def __init__(self, session: Any) -> None:
