@@ -105,8 +105,9 @@ class QuantizationObjective:
     inputs (or the agreement with the float model when there are no labels), to be maximized;
     with several `objectives` there is one value for each, and a study is created with
     ``directions=objective.directions``. What explains it stands in the trial's user attributes:
-    ``config``, ``digest``, ``top1``, ``top5``, ``agreement``, ``sqnr_db``, ``metric_value``,
-    ``latency_ratio`` with its interval, ``size_bytes``, ``seconds`` and the predicted noise.
+    ``config``, ``digest``, ``top1``, ``top5``, ``agreement``, ``sqnr_db``, ``margin_sqnr_db``,
+    ``metric_value``, ``latency_ratio`` with its interval, ``size_bytes``, ``seconds`` and the
+    predicted noise.
 
     With ``top1``, ``top5`` and ``agreement`` a trial ends as soon as its value is known to
     `precision`, and is then an estimate: ``inputs_evaluated``, ``interval`` and ``certain`` say
