@@ -25,6 +25,7 @@ from onnx import numpy_helper
 
 # Of ONNX Runtime's own operators.
 OWN_DOMAIN: Final = "com.microsoft"
+PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
 _GRAPHS: Final = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import groups_of
+from optuna_quantune.quantization.graph import PAIR_OPS
 from optuna_quantune.quantization.node_time import CHANNELS_AT_ONCE
 from optuna_quantune.quantization.node_time import fastest_groups
 from optuna_quantune.quantization.placement import ACTIVATION_OPS
-from optuna_quantune.quantization.placement import PAIR_OPS
 from optuna_quantune.quantization.rewriting import Rewriting
 
 

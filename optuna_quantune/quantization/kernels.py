@@ -24,8 +24,7 @@ groups of convolutions stand in `kernel_channels.py`, all others here:
   computed in float between pairs that turn the layout. It is a depthwise convolution of one tap.
 - A GELU that is written out reads its input twice. ONNX Runtime gives each reader a
   DequantizeLinear of its own, does not know the function again then, and computes it node by node.
-- LRN raises every value to a power, one after the other: 100 of GoogLeNet's 150 ms. With the
-  exponent 0.75, which it has in all published networks, two square roots do the same.
+- LRN takes powers (`lrn.py`).
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ from optuna_quantune.quantization.kernel_channels import absorb_shuffle
 from optuna_quantune.quantization.kernel_channels import fill_up_channels
 from optuna_quantune.quantization.kernel_channels import make_few_dense
 from optuna_quantune.quantization.kernel_channels import merge_groups
+from optuna_quantune.quantization.lrn import take_square_roots
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import MOVING_OPS
 from optuna_quantune.quantization.rewriting import Rewriting
 
 
-_LRN_EXPONENT: Final = 0.75
 _LARGEST_WEIGHT: Final = 127
 _LEAST_SCALE: Final = 1e-20
 _IMAGE_RANK: Final = 4
@@ -82,7 +81,7 @@ def adapt(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None
         elif node.op_type == "BatchNormalization":
             _scale_channels(graph, node)
         elif node.op_type == "LRN":
-            _take_square_roots(graph, node)
+            take_square_roots(graph, node)
         elif node.op_type == "Erf":
             _collapse_gelu(graph, node)
     for node in graph.left():
@@ -336,39 +335,3 @@ def _collapse_gelu(graph: Rewriting, erf: onnx.NodeProto) -> None:
         "Gelu", [gelu.source], [gelu.output], name=last.name, domain=OWN_DOMAIN
     )
     graph.replace(last, [whole], without=[node for node in gelu.nodes if node is not last])
-
-
-def _take_square_roots(graph: Rewriting, lrn: onnx.NodeProto) -> None:
-    """Writes ``x / (bias + alpha / size * sum(x ** 2)) ** 0.75`` without the power.
-
-    The sum goes over neighbouring channels: a 1 x 1 convolution with a banded weight.
-    """
-    shape = graph.shape_before(lrn)
-    exponent = attribute_of(lrn, "beta", _LRN_EXPONENT)
-    if shape is None or abs(exponent - _LRN_EXPONENT) > 1e-6:
-        return
-    size = attribute_of(lrn, "size")
-    alpha, bias = attribute_of(lrn, "alpha", 1e-4), attribute_of(lrn, "bias", 1.0)
-    channels = np.arange(shape[1])
-    distance = channels[None, :] - channels[:, None]
-    band = (distance >= -((size - 1) // 2)) & (distance <= size // 2)
-    weight = (alpha / size * band).astype(np.float32).reshape(*band.shape, *[1] * (len(shape) - 2))
-    source, result = lrn.input[0], lrn.output[0]
-    squares, sums, root, fourth_root, power = (
-        f"{result}__{part}" for part in ("squares", "sums", "root", "fourth_root", "power")
-    )
-    operands = [
-        graph.add_constant(f"{result}__band", weight),
-        graph.add_constant(f"{result}__bias", np.full(shape[1], bias, np.float32)),
-    ]
-    graph.replace(
-        lrn,
-        [
-            helper.make_node("Mul", [source, source], [squares]),
-            helper.make_node("Conv", [squares, *operands], [sums]),
-            helper.make_node("Sqrt", [sums], [root]),
-            helper.make_node("Sqrt", [root], [fourth_root]),
-            helper.make_node("Mul", [root, fourth_root], [power]),
-            helper.make_node("Div", [source, power], [result]),
-        ],
-    )

@@ -49,6 +49,7 @@ from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import groups_of
+from optuna_quantune.quantization.graph import PAIR_OPS
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import sort_nodes
@@ -70,7 +71,6 @@ _QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
 # Layers whose integer kernels can give float results (``QGemm``, ``MatMulIntegerToFloat``).
 FLOAT_RESULT_OPS: Final = ("Gemm", "MatMul")
 ACTIVATION_OPS: Final = ("Clip", "Relu")
-PAIR_OPS: Final = ("DequantizeLinear", "QuantizeLinear")
 
 
 @dataclass(frozen=True)

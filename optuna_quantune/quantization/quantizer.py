@@ -42,6 +42,7 @@ from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import import_own_domain
 from optuna_quantune.quantization.graph import opset_of
 from optuna_quantune.quantization.graph import OWN_DOMAIN
+from optuna_quantune.quantization.graph import PAIR_OPS
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
@@ -54,7 +55,6 @@ from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import ConstantSite
 from optuna_quantune.quantization.placement import keep_float
 from optuna_quantune.quantization.placement import keep_normalizations
-from optuna_quantune.quantization.placement import PAIR_OPS
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.placement import Placement
 from optuna_quantune.quantization.placement import statistics_sources

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import PAIR_OPS
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
-from optuna_quantune.quantization.placement import PAIR_OPS
 
 
 class Rewriting(GraphView):

@@ -10,6 +10,8 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from optuna_quantune.quantization.lrn import without_powers
+
 
 def make_session(
     proto: onnx.ModelProto,
@@ -19,7 +21,7 @@ def make_session(
     optimized: Path | None = None,
     weights: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session on the processor that prints errors only.
+    """A session on the processor that prints errors only, and takes square roots for LRN.
 
     Args:
         proto: The model.
@@ -43,5 +45,5 @@ def make_session(
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
         options.add_external_initializers(list(weights), values)
     return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        without_powers(proto).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
