@@ -1,9 +1,9 @@
 """About how long a node takes with integers and in float, without running it.
 
 For ONNX Runtime's processor kernels, one input and one thread: nanoseconds by themselves, and of
-every multiplication, weight and value. `benchmarks/node_times.py` compares them with nodes that are
-measured in the middle of networks. They say which of two nodes is the dearer one, also on another machine, and not how
-long a model takes: that is measured.
+every multiplication, weight and value. `benchmarks/node_times.py` compares them with nodes that
+are measured in the middle of networks. They say which of two nodes is the dearer one, also on
+another machine, and not how long a model takes: that is measured.
 """
 
 from __future__ import annotations
