@@ -53,6 +53,7 @@ from benchmarks import machine
 from benchmarks.record import MODELS
 from benchmarks.record import sources
 from optuna_quantune.evaluation.dataset import InputSpec
+from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.clipping import choose_range
@@ -63,7 +64,6 @@ from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import required_activations
 from optuna_quantune.quantization.scheme import choose_parameters
-from optuna_quantune.quantization.session import make_session
 from optuna_quantune.quantization.statistics import Histogram
 
 
@@ -171,7 +171,7 @@ def record(name: str, what: str, data: Path) -> None:
 def ours(name: str, data: Path) -> dict[str, Any]:
     """One pass for all set sizes, with plain float inference around it, in turn."""
     model, held, tensors = prepared(name, data)
-    session = make_session(model.proto, threads=1)
+    session = make_session(model.path, threads=1)
     batch_size = min(BATCHES, key=lambda size: float_seconds(session, held, size, images=64))
     plain = [float_seconds(session, held, batch_size)]
     own: list[float] = []

@@ -27,13 +27,13 @@ from benchmarks import machine
 from benchmarks import tables
 from benchmarks.record import sources
 from optuna_quantune.evaluation.metrics import class_scores
+from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.probe import probe
 from optuna_quantune.quantization.probe import PROBE_INPUTS
-from optuna_quantune.quantization.session import make_session
 from optuna_quantune.selection import unpack
 
 
@@ -76,7 +76,7 @@ def predict(name: str, data: Path, cache: Path | None) -> pd.DataFrame:
     quantizer.placement(())
     last = np.arange(len(objective.calibration))[::-1][:PROBE_INPUTS]
     feeds = list(objective.calibration.batches(1, last))
-    session = make_session(quantizer.model.proto, threads=1)
+    session = make_session(path, threads=1)
 
     def float_runs() -> float:
         start = time.process_time()
