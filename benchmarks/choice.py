@@ -25,19 +25,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial
-from scipy import stats
 
 from benchmarks import machine
 from benchmarks import tables
-from benchmarks.unbiased import study_of
+from benchmarks.splits import mean_interval
+from benchmarks.splits import replay_all
+from benchmarks.splits import study_of
 from optuna_quantune.selection import little_noise
 from optuna_quantune.selection import not_worse_than_best
 from optuna_quantune.selection import select
 from optuna_quantune.selection import sqnr_db
-from optuna_quantune.selection import unpack
 
 
 RESULTS = Path(__file__).parent / "results" / "choice"
@@ -62,41 +61,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=100)
     seeds = parser.parse_args().seeds
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    frame = pd.DataFrame(
-        row for name in tables.complete() for row in replay(tables.load(name), seeds)
-    )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(RESULTS / "splits.csv", index=False, float_format="%.5f")
+    frame = replay_all(replay, seeds, RESULTS)
     write(frame, seeds)
 
 
 def replay(table: tables.Table, seeds: int) -> Iterator[dict[str, object]]:
     """One row for each seed and way to choose, in points on the inputs that did not choose."""
     n = int(table.float_model["inputs"])
-    correct = table.all_correct
-    agrees = np.stack([unpack(bits, n) for bits in table.rows["agrees"]])
-    float_correct = unpack(table.float_model["correct"], n)
     promising = np.argsort(-table.rows["predicted_sqnr_db"].to_numpy(), kind="stable")[:PROMISING]
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         measured, unseen = np.split(rng.permutation(n), [n // 2])
         rows = np.sort(rng.permutation(promising)[:TRIALS])
-        study = study_of(table, rows, correct, agrees, measured)
+        study = study_of(table, rows, measured)
         rivals = not_worse_than_best(study.get_trials(deepcopy=False), "maximize")
         for way, key in WAYS.items():
             chosen = max(rivals, key=lambda trial: (*key(trial), -trial.number))  # noqa: B023
             if way == "margin noise":
                 assert chosen.number == select(study, prefer="accuracy")[0].number
             row = int(chosen.user_attrs["row"])
-            gain = correct[row].astype(float) - float_correct
+            gain = table.all_correct[row].astype(float) - table.float_correct
             yield {
                 "model": table.name,
                 "seed": seed,
                 "way": way,
                 "row": row,
                 "difference to float": 100 * gain[unseen].mean(),
-                "agreement": 100 * agrees[row, unseen].mean(),
+                "agreement": 100 * table.all_agrees[row, unseen].mean(),
             }
 
 
@@ -128,10 +119,8 @@ def write(frame: pd.DataFrame, seeds: int) -> None:
     for column in COLUMNS:
         cells = []
         for way in WAYS:
-            more = of_seed[column][way] - of_seed[column]["value"]
-            half = stats.sem(more) * stats.t.ppf(0.975, len(more) - 1)
-            mean = more.mean()
-            cells.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
+            more = mean_interval(of_seed[column][way] - of_seed[column]["value"])
+            cells.append(f"{more.estimate:+.2f} [{more.low:+.2f}, {more.high:+.2f}]")
         lines.append(f"| {column}, more than by value | " + " | ".join(cells) + " |")
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
 

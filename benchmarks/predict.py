@@ -34,7 +34,6 @@ from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.probe import probe
 from optuna_quantune.quantization.probe import PROBE_INPUTS
-from optuna_quantune.selection import unpack
 
 
 RESULTS = Path(__file__).parent / "results" / "predict"
@@ -183,7 +182,7 @@ def summary(table: tables.Table, predicted: pd.DataFrame) -> dict[str, object]:
         "in view": "yes" if table.name in IN_VIEW else "no",
         "rank SQNR": rank("predicted_sqnr_db", "sqnr_db"),
         "rank agreement": rank("expected_agreement", "agreement"),
-        "attainable": attainable(agreeing(table)),
+        "attainable": attainable(table.all_agrees),
         "of measured SQNR": float(spearmanr(rows["sqnr_db"], rows["agreement"]).statistic),
         "error": float((expected - rows["agreement"]).abs().mean()),
         "first choice": float(rows["agreement"][expected.idxmax()]),
@@ -194,12 +193,6 @@ def summary(table: tables.Table, predicted: pd.DataFrame) -> dict[str, object]:
         "rank agreement ": rank("closely_agreement", "agreement"),
         "s ": float(predicted["closely_seconds"].iloc[0]),
     }
-
-
-def agreeing(table: tables.Table) -> NDArray[np.bool_]:
-    """Which inputs each configuration predicts as the float model does, (rows, inputs)."""
-    inputs = table.float_model["inputs"]
-    return np.stack([unpack(bits, inputs) for bits in table.rows["agrees"]])
 
 
 def attainable(agrees: NDArray[np.bool_]) -> float:

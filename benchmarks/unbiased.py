@@ -26,19 +26,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import optuna
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 from benchmarks import machine
 from benchmarks import tables
-from optuna_quantune.evaluation.metrics import sqnr_db
-from optuna_quantune.search.pruner import CORRECT_KEY
-from optuna_quantune.selection import AGREES_KEY
-from optuna_quantune.selection import pack
+from benchmarks.splits import mean_interval
+from benchmarks.splits import replay_all
+from benchmarks.splits import study_of
 from optuna_quantune.selection import select
-from optuna_quantune.selection import unpack
 
 
 RESULTS = Path(__file__).parent / "results" / "unbiased"
@@ -47,7 +43,6 @@ BUDGETS = (96, 20)
 # What the docstring says between the command and the place of the results.
 EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])
 
-Bits = NDArray[np.bool_]
 Indices = NDArray[np.int64]
 
 
@@ -55,12 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=50)
     seeds = parser.parse_args().seeds
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    frame = pd.DataFrame(
-        row for name in tables.complete() for row in replay(tables.load(name), seeds)
-    )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(RESULTS / "splits.csv", index=False, float_format="%.5f")
+    frame = replay_all(replay, seeds, RESULTS)
     bias = (
         frame.groupby(["configurations", "way", "model"], sort=False)
         .apply(summary, include_groups=False)
@@ -85,8 +75,6 @@ def replay(table: tables.Table, seeds: int) -> Iterator[dict[str, object]]:
     """One row for each seed, number of configurations and way of reporting, in points."""
     n = int(table.float_model["inputs"])
     correct = table.all_correct
-    agrees = np.stack([unpack(bits, n) for bits in table.rows["agrees"]])
-    float_correct = unpack(table.float_model["correct"], n)
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         evaluation, truth = np.split(rng.permutation(n), [n // 2])
@@ -96,11 +84,11 @@ def replay(table: tables.Table, seeds: int) -> Iterator[dict[str, object]]:
             naive = int(rows[correct[np.ix_(rows, evaluation)].mean(axis=1).argmax()])
             winners = (
                 (naive, evaluation),
-                (chosen(table, rows, correct, agrees, evaluation), evaluation),
-                (chosen(table, rows, correct, agrees, searched), held_out),
+                (chosen(table, rows, evaluation), evaluation),
+                (chosen(table, rows, searched), held_out),
             )
             for way, (row, reported_on) in zip(WAYS, winners, strict=True):
-                gain = correct[row].astype(float) - float_correct
+                gain = correct[row].astype(float) - table.float_correct
                 yield {
                     "model": table.name,
                     "seed": seed,
@@ -113,54 +101,17 @@ def replay(table: tables.Table, seeds: int) -> Iterator[dict[str, object]]:
                 }
 
 
-def chosen(
-    table: tables.Table, rows: Indices, correct: Bits, agrees: Bits, inputs: Indices
-) -> int:
+def chosen(table: tables.Table, rows: Indices, inputs: Indices) -> int:
     """The row that `select` chooses of those that were measured on some inputs."""
-    study = study_of(table, rows, correct, agrees, inputs)
-    return int(select(study)[0].user_attrs["row"])
-
-
-def study_of(
-    table: tables.Table, rows: Indices, correct: Bits, agrees: Bits, inputs: Indices
-) -> optuna.Study:
-    """A study of some rows, measured on some inputs; the attribute ``row`` says which is which."""
-    float_margins = table.predictions["float_margin"].to_numpy(np.float64)[inputs]
-    study = optuna.create_study(direction="maximize")
-    for row in rows:
-        right, same = correct[row, inputs], agrees[row, inputs]
-        study.add_trial(
-            optuna.trial.create_trial(
-                value=float(right.mean()),
-                user_attrs={
-                    "row": int(row),
-                    "n": len(inputs),
-                    "agreement": float(same.mean()),
-                    "sqnr_db": float(table.rows["sqnr_db"][row]),
-                    "margin_sqnr_db": sqnr_db(table.margins(row)[inputs], float_margins),
-                    **latency_of(table, row),
-                    CORRECT_KEY: pack(right),
-                    AGREES_KEY: pack(same),
-                },
-            )
-        )
-    return study
-
-
-def latency_of(table: tables.Table, row: int) -> dict[str, float]:
-    """The recorded latency ratio of a row, if it was measured."""
-    ratio = float(table.rows["latency_ratio"][row])
-    return {} if np.isnan(ratio) else {"latency_ratio": ratio}
+    return int(select(study_of(table, rows, inputs))[0].user_attrs["row"])
 
 
 def summary(rows: pd.DataFrame) -> pd.Series:
     """Means over the splits with 95 % intervals (Student's t), in points."""
-    numbers = {"splits": len(rows)}
+    numbers: dict[str, float] = {"splits": len(rows)}
     for column in ("bias", "bias of difference", "true difference"):
-        mean, half = rows[column].mean(), 0.0
-        if len(rows) > 1:
-            half = stats.sem(rows[column]) * stats.t.ppf(0.975, len(rows) - 1)
-        numbers |= {column: mean, f"{column} low": mean - half, f"{column} high": mean + half}
+        mean = mean_interval(rows[column])
+        numbers |= {column: mean.estimate, f"{column} low": mean.low, f"{column} high": mean.high}
     return pd.Series(numbers)
 
 

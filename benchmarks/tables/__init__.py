@@ -48,6 +48,17 @@ class Table:
         """`correct` of all configurations, shape (configurations, inputs)."""
         return np.stack([self.correct(row) for row in range(len(self.rows))])
 
+    @cached_property
+    def all_agrees(self) -> NDArray[np.bool_]:
+        """Which inputs each configuration predicts as the float model does, like `all_correct`."""
+        inputs = self.float_model["inputs"]
+        return np.stack([unpack(bits, inputs) for bits in self.rows["agrees"]])
+
+    @cached_property
+    def float_correct(self) -> NDArray[np.bool_]:
+        """Which inputs the float model classifies rightly, shape (inputs,)."""
+        return unpack(self.float_model["correct"], self.float_model["inputs"])
+
     def classes(self, row: int) -> NDArray[np.int64]:
         """What a configuration predicts for each input, shape (inputs,)."""
         changed = self.predictions[f"class_{row:02}"].to_numpy(np.int64)

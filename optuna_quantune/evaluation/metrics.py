@@ -209,9 +209,8 @@ def margin_sqnr_db(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
         InputError: The outputs are not scores of classes, or have different shapes.
     """
     _check_same_shape(outputs, reference)
-    scores, expected = class_scores(outputs), class_scores(reference)
-    classes = expected.argmax(axis=1)
-    return sqnr_db(rank_margins(scores, classes, k=1), rank_margins(expected, classes, k=1))
+    classes = class_scores(reference).argmax(axis=1)
+    return sqnr_db(rank_margins(class_scores(outputs), classes, k=1), margins(reference))
 
 
 def mean_sqnr_db(
@@ -250,8 +249,8 @@ def margins(outputs: NDArray[Any]) -> NDArray[np.float64]:
     Raises:
         InputError: The outputs are not scores of classes.
     """
-    highest = np.partition(class_scores(outputs).astype(np.float64), -2, axis=1)[:, -2:]
-    return np.asarray(highest[:, 1] - highest[:, 0])
+    scores = class_scores(outputs)
+    return rank_margins(scores, scores.argmax(axis=1), k=1)
 
 
 def rank_margins(

@@ -172,8 +172,7 @@ def iterate(
         )
     fixed_size = fixed_sizes.pop() if fixed_sizes else None
     if batch_size is None:
-        same_shape = all(size is not None for spec in bound.specs for size in spec.shape[1:])
-        batch_size = DEFAULT_BATCH_SIZE if same_shape else 1
+        batch_size = DEFAULT_BATCH_SIZE if _has_one_shape(bound) else 1
     batch_size = fixed_size or batch_size
     known = [node.name for node in session.get_outputs()]
     names = known if outputs is None else list(outputs)
@@ -274,8 +273,7 @@ def why_one_at_a_time(
         compare with: inputs or outputs of several shapes, or a model that fails on one input, too.
     """
     free = all(size is None for spec in input_specs(session) for size in spec.shape[:1])
-    same_shape = all(size is not None for spec in source.specs for size in spec.shape[1:])
-    if not (free and same_shape and len(source) > 1):
+    if not (free and _has_one_shape(source) and len(source) > 1):
         return None
     two = source.subset([0, 1])
     try:
@@ -293,6 +291,11 @@ def why_one_at_a_time(
         ):
             return f"{source}: the model's output {name!r} is another one for two inputs at once"
     return None
+
+
+def _has_one_shape(source: InputSource) -> bool:
+    """Whether all inputs of a source have the same shape, so that they can share a batch."""
+    return all(size is not None for spec in source.specs for size in spec.shape[1:])
 
 
 def _largest(values: NDArray[Any]) -> float:

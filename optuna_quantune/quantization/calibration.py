@@ -230,7 +230,7 @@ class _Counting:
         if self.done == 0:
             self._add(observer.observe(first, steps=dict.fromkeys(values, 1), bounds={}), 1)
             yield
-        free = all(None not in s.shape[1:] and s.shape[:1] == (None,) for s in model.inputs)
+        free = model.takes_batches and all(None not in s.shape[1:] for s in model.inputs)
         batch_size = int(np.clip(_BATCH_VALUES // sum(values.values()), *_BATCH)) if free else 1
         looks = [look for look in _LOOKS if look < self._bounds[-1]]
         stops = sorted({*self._bounds, *looks})
