@@ -34,8 +34,8 @@ from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
-from optuna_quantune.quantization.quantizer import Representation
 from optuna_quantune.quantization.quantizer import required_activations
+from optuna_quantune.quantization.representation import Representation
 
 
 RESULTS = Path(__file__).parent / "results" / "kernels"

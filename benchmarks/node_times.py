@@ -32,8 +32,8 @@ from optuna_quantune.quantization.node_time import node_time
 from optuna_quantune.quantization.node_time import sizes_of
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
-from optuna_quantune.quantization.quantizer import Representation
 from optuna_quantune.quantization.quantizer import required_activations
+from optuna_quantune.quantization.representation import Representation
 
 
 RESULTS = Path(__file__).parent / "results" / "node_times"

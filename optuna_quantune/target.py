@@ -18,7 +18,7 @@ from optuna_quantune.evaluation.runner import Provider
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.processor import detect_vnni
 from optuna_quantune.quantization.processor import is_arm
-from optuna_quantune.quantization.quantizer import Representation
+from optuna_quantune.quantization.representation import Representation
 from optuna_quantune.space import SearchSpace
 
 

@@ -17,7 +17,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.goals import DROP_CONSTRAINT
 from optuna_quantune.objective import QuantizationObjective
-from optuna_quantune.quantization.quantizer import Representation
+from optuna_quantune.quantization.representation import Representation
 from optuna_quantune.space import SearchSpace
 
 

@@ -28,10 +28,10 @@ from onnx import TensorProto
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.disturbance import behind
 from optuna_quantune.quantization.disturbance import Insertion
-from optuna_quantune.quantization.quantizer import QuantizationPlan
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.session import make_session
+from optuna_quantune.quantization.writing import QuantizationPlan
 
 
 # Types of the parameters of an activation.

@@ -13,13 +13,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 from typing import Final
-from typing import Literal
 from typing import TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.bias_correction import BiasCorrection
@@ -35,85 +33,35 @@ from optuna_quantune.quantization.digest import canonical_digest
 from optuna_quantune.quantization.fusion import fuse
 from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.gelu import find_gelus
-from optuna_quantune.quantization.graph import activation_bounds
 from optuna_quantune.quantization.graph import constant_values
-from optuna_quantune.quantization.graph import copy_of
-from optuna_quantune.quantization.graph import GraphView
-from optuna_quantune.quantization.graph import import_own_domain
-from optuna_quantune.quantization.graph import opset_of
-from optuna_quantune.quantization.graph import OWN_DOMAIN
-from optuna_quantune.quantization.graph import PAIR_OPS
-from optuna_quantune.quantization.graph import reads
-from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import tensor_shapes
+from optuna_quantune.quantization.implied_activations import remove_implied_activations
 from optuna_quantune.quantization.islands import between_float_nodes
 from optuna_quantune.quantization.kernels import adapt
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.model import WEIGHTED_OPS
-from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import ConstantSite
 from optuna_quantune.quantization.placement import keep_float
 from optuna_quantune.quantization.placement import keep_normalizations
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.placement import Placement
 from optuna_quantune.quantization.placement import statistics_sources
+from optuna_quantune.quantization.representation import DEFAULT_REPRESENTATION
+from optuna_quantune.quantization.representation import Representation
 from optuna_quantune.quantization.scheme import choose_parameters
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.scheme import widen_for_bias
 from optuna_quantune.quantization.weight_clipping import least_error_range
 from optuna_quantune.quantization.weight_rounding import WeightRounding
+from optuna_quantune.quantization.writing import QuantizationPlan
+from optuna_quantune.quantization.writing import use_own_pairs
+from optuna_quantune.quantization.writing import write
 
 
 # Lower and upper ends, of shape () or (channels,).
 Range: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Representation:
-    """How a device wants quantized tensors written.
-
-    Attributes:
-        activations: 8-bit activations as ``uint8`` (int8 arithmetic with integers and zero points
-            shifted by 128, the fast kernels of x86-64) or as ``int8``.
-        weight_bits: Width of the weights' integers, which are stored as int8: 7 is ONNX Runtime's
-            ``reduce_range``, for x86-64 processors whose pairs of products saturate in int16.
-        narrow_weights: Whether weights keep to -127 to 127 (-63 to 63), without the integer below.
-        symmetric_weights: Whether weights have the zero point 0 with every scheme.
-        per_channel: Operators whose weights may have one scale for each channel.
-        float_bias: Whether biases stay float32 instead of int32.
-        for_kernels: Whether models are written for the kernels of ONNX Runtime's processor
-            provider (`kernels.py`).
-    """
-
-    activations: Literal["uint8", "int8"] = "uint8"
-    weight_bits: int = 8
-    narrow_weights: bool = False
-    symmetric_weights: bool = False
-    per_channel: tuple[str, ...] = WEIGHTED_OPS
-    float_bias: bool = False
-    for_kernels: bool = False
-
-
-DEFAULT_REPRESENTATION: Final = Representation()
 CONFIG_KEY: Final = "optuna_quantune.config"
-# The first in which QuantizeLinear knows 16-bit integers.
-_OPSET_OF_16_BITS: Final = 21
-
-
-@dataclass(frozen=True)
-class QuantizationPlan:
-    """Every number that a configuration puts into the model, before the model is built.
-
-    Attributes:
-        float_layers: Names of the layers kept in float.
-        activations: Parameters by activation tensor.
-        constants: Parameters by float initializer (weights and constant operands, not biases).
-    """
-
-    float_layers: tuple[str, ...]
-    activations: Mapping[str, QuantizationParameters]
-    constants: Mapping[str, QuantizationParameters]
 
 
 @dataclass(frozen=True)
@@ -223,49 +171,25 @@ class Quantizer:
         """
         plan = self.plan(config)
         placement = self.placement(plan.float_layers, config.fusion)
-        proto = copy_of(placement.template)
-        by_scale: dict[str, QuantizationParameters] = {}
-        of_constants = {site.scale for site in placement.constants}
-        for activation in placement.activations:
-            parameters = plan.activations[activation.tensor]
-            by_scale[activation.scale] = parameters
-            if activation.scale in of_constants:
-                continue  # looked up in a table, which brings its scale along
-            proto.graph.initializer.extend(
-                [
-                    numpy_helper.from_array(parameters.scale, activation.scale),
-                    self._stored_activation(
-                        parameters.zero_point, parameters.bits, activation.zero_point
-                    ),
-                ]
-            )
         integers = {
             site.tensor: self._integers(site, plan.constants[site.tensor], config)
             for site in placement.constants
             if site.kind != "bias"
         }
-        corrected: Mapping[str, NDArray[np.float32]] = {}
+        biases = {
+            site.quantized: self._constants[site.tensor]
+            for site in placement.constants
+            if site.kind == "bias"
+        }
         if config.bias_correction:
-            corrected = self._corrected_biases(placement, plan.constants, integers)
-        for site in placement.constants:
-            if site.kind == "bias":
-                bias = corrected.get(site.quantized, self._constants[site.tensor])
-                if self.representation.float_bias:
-                    _restore_float(proto.graph, site.quantized, bias)
-                else:
-                    proto.graph.initializer.extend(self._bias(site, bias, plan, by_scale))
-            else:
-                parameters = plan.constants[site.tensor]
-                proto.graph.initializer.extend(
-                    self._constant(site, integers[site.tensor], parameters)
-                )
-        _match_axes(proto.graph, placement, plan)
+            biases = self._corrected(biases, placement, plan.constants, integers)
+        proto = write(placement, plan, integers, biases, self.representation)
         if config.fusion != "off":
-            _remove_implied_activations(proto.graph, by_scale)
+            remove_implied_activations(proto.graph, plan.by_scale(placement))
         if self.representation.for_kernels:
             adapt(proto, self._shapes)
         if config.activation_bits == 16:
-            _use_own_pairs(proto)
+            use_own_pairs(proto)
         digest = canonical_digest(proto)
         proto.producer_name = "optuna-quantune"
         entry = proto.metadata_props.add()
@@ -371,8 +295,9 @@ class Quantizer:
             )
         return parameters.quantize(values, site.axis if parameters.scale.ndim else None)
 
-    def _corrected_biases(
+    def _corrected(
         self,
+        biases: Mapping[str, NDArray[np.float32]],
         placement: Placement,
         constants: Mapping[str, QuantizationParameters],
         integers: Mapping[str, NDArray[np.int32]],
@@ -390,12 +315,11 @@ class Quantizer:
                 if layer.weight in constants
             }
         )
-        readers = _layers_of_biases(placement.template.graph)
-        corrected = {}
-        for site in placement.constants:
-            if site.quantized in readers:
-                bias, shift = self._constants[site.tensor], shifts[readers[site.quantized]]
-                corrected[site.quantized] = bias - shift.reshape(bias.shape)
+        corrected = dict(biases)
+        for quantized, layer_name in _layers_of_biases(placement.template.graph).items():
+            if quantized in biases:
+                bias = biases[quantized]
+                corrected[quantized] = bias - shifts[layer_name].reshape(bias.shape)
         return corrected
 
     def clipping_ranges(self) -> dict[str, tuple[float, float]]:
@@ -460,50 +384,6 @@ class Quantizer:
                 self._live_weights[weight], scheme, axis=axis, **self._weight_integers
             )
         return self._weight_ranges[key]
-
-    def _constant(
-        self, site: ConstantSite, integers: NDArray[np.int32], parameters: QuantizationParameters
-    ) -> list[onnx.TensorProto]:
-        scale = numpy_helper.from_array(parameters.scale, site.scale)
-        if site.kind == "other":  # an operand of an elementwise node is stored as activations are
-            return [
-                self._stored_activation(integers, parameters.bits, site.quantized),
-                scale,
-                self._stored_activation(parameters.zero_point, parameters.bits, site.zero_point),
-            ]
-        return [
-            numpy_helper.from_array(integers.astype(np.int8), site.quantized),
-            scale,
-            numpy_helper.from_array(parameters.zero_point.astype(np.int8), site.zero_point),
-        ]
-
-    def _bias(
-        self,
-        site: ConstantSite,
-        bias: NDArray[np.float32],
-        plan: QuantizationPlan,
-        by_scale: Mapping[str, QuantizationParameters],
-    ) -> list[onnx.TensorProto]:
-        assert site.weight is not None
-        assert site.input_scale is not None
-        # The scale of the int32 accumulator, which is what the integer kernels add the bias to.
-        scale = by_scale[site.input_scale].scale * plan.constants[site.weight].scale
-        steps = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
-        limits = np.iinfo(np.int32)
-        integers = np.clip(steps, limits.min, limits.max).astype(np.int32)
-        return [
-            numpy_helper.from_array(integers, site.quantized),
-            numpy_helper.from_array(np.asarray(scale, dtype=np.float32), site.scale),
-            numpy_helper.from_array(np.zeros(scale.shape, dtype=np.int32), site.zero_point),
-        ]
-
-    def _stored_activation(
-        self, integers: NDArray[np.int32], bits: int, name: str
-    ) -> onnx.TensorProto:
-        unsigned = self.representation.activations == "uint8"
-        shift = 1 << (bits - 1) if unsigned else 0
-        dtype = np.dtype(f"{'uint' if unsigned else 'int'}{bits}")
-        return numpy_helper.from_array((integers + shift).astype(dtype), name)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -582,87 +462,3 @@ def _layers_of_biases(graph: onnx.GraphProto) -> dict[str, str]:
         for node in graph.node
         if node.op_type in WEIGHTED_OPS and len(node.input) > 2 and node.input[2] in integers
     }
-
-
-def _restore_float(graph: onnx.GraphProto, quantized: str, values: NDArray[np.float32]) -> None:
-    """Puts a float initializer in the place of an integer one and its DequantizeLinear node."""
-    node = next(node for node in graph.node if node.input and node.input[0] == quantized)
-    graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
-    graph.node.remove(node)
-
-
-def _use_own_pairs(proto: onnx.ModelProto) -> None:
-    """Lets pairs be ONNX Runtime's own operators, which know 16 bits before opset 21, too."""
-    if opset_of(proto) >= _OPSET_OF_16_BITS:
-        return
-    for node in proto.graph.node:
-        if node.op_type in PAIR_OPS:
-            node.domain = OWN_DOMAIN
-    import_own_domain(proto)
-
-
-def _match_axes(graph: onnx.GraphProto, placement: Placement, plan: QuantizationPlan) -> None:
-    """Drops the channel axis of constants that have one scale for the whole tensor."""
-    whole = {
-        site.quantized
-        for site in placement.constants
-        if plan.constants[site.weight or site.tensor].scale.ndim == 0
-    }
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in whole:
-            refill(node.attribute, (a for a in node.attribute if a.name != "axis"))
-
-
-def _remove_implied_activations(
-    graph: onnx.GraphProto, by_scale: Mapping[str, QuantizationParameters]
-) -> None:
-    """Removes each Relu or Clip that the saturation of the tensor's integers performs already.
-
-    ``x -> Q -> DQ -> Relu -> Q -> DQ`` becomes ``x -> Q -> DQ`` when both pairs have the same
-    parameters and no integer stands for a value that the node would change. ONNX Runtime's own
-    quantizer removes the node without looking at the parameters, which loses it for any range with
-    negative values (its ``QDQRemovableActivation``).
-    """
-    view = GraphView(graph)
-    removed: set[int] = set()
-    for node in graph.node:
-        if node.op_type not in ACTIVATION_OPS:
-            continue
-        before, after = view.writers.get(node.input[0]), view.sole_reader(node.output[0])
-        if (
-            before is None
-            or before.op_type != "DequantizeLinear"
-            or after is None
-            or after.op_type != "QuantizeLinear"
-            or view.sole_reader(before.output[0]) is None
-            or view.sole_reader(before.input[0]) is None
-            or not _same_parameters(by_scale[before.input[1]], by_scale[after.input[1]])
-            or not _implied(node, by_scale[after.input[1]], view.constants)
-        ):
-            continue
-        quantize = view.writers[before.input[0]]
-        after.input[0] = quantize.input[0]
-        removed |= {id(quantize), id(before), id(node)}
-    refill(graph.node, (node for node in graph.node if id(node) not in removed))
-    used = {name for node in graph.node for name in reads(node)}
-    refill(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in used))
-
-
-def _same_parameters(first: QuantizationParameters, second: QuantizationParameters) -> bool:
-    return bool(first.scale == second.scale and first.zero_point == second.zero_point)
-
-
-def _implied(
-    node: onnx.NodeProto,
-    parameters: QuantizationParameters,
-    constants: Mapping[str, onnx.TensorProto],
-) -> bool:
-    scale = float(parameters.scale)
-    zero_point = int(parameters.zero_point)
-    low, high = scale * (parameters.lowest - zero_point), scale * (parameters.highest - zero_point)
-    given = {n: numpy_helper.to_array(constants[n]) for n in node.input[1:] if n in constants}
-    bounds = activation_bounds(node, given)
-    if bounds is None:
-        return False
-    # float32 rounding of the scale may leave the largest integer a hair beyond the bound.
-    return low >= bounds[0] and high <= bounds[1] + 1e-6 * abs(high)

@@ -15,7 +15,7 @@ from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.quantizer import Quantizer
-from optuna_quantune.quantization.quantizer import Representation
+from optuna_quantune.quantization.representation import Representation
 
 
 Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]

@@ -22,8 +22,8 @@ from optuna_quantune.quantization.kernels import adapt
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
-from optuna_quantune.quantization.quantizer import Representation
 from optuna_quantune.quantization.quantizer import required_activations
+from optuna_quantune.quantization.representation import Representation
 
 
 Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]

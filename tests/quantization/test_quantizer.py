@@ -31,7 +31,7 @@ from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.quantizer import CONFIG_KEY
 from optuna_quantune.quantization.quantizer import Quantizer
-from optuna_quantune.quantization.quantizer import Representation
+from optuna_quantune.quantization.representation import Representation
 from optuna_quantune.quantization.weight_clipping import least_error_range
 
 
