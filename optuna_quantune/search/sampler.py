@@ -299,6 +299,9 @@ class QuantuneSampler(BaseSampler):
         n_trials = study._storage.get_n_trials(study._study_id)
         if n_trials < len(configurations.all):
             return False
+        waiting = (TrialState.WAITING,)
+        if study._storage.get_all_trials(study._study_id, deepcopy=False, states=waiting):
+            return False  # what is enqueued is still to be measured
         history = read_history(study, configurations.encoding, None)
         return not configurations.unseen(configurations.all.codes, history.seen).any()
 

@@ -123,6 +123,17 @@ def test_enqueued_configurations_are_not_proposed_by_others() -> None:
     assert len(study.trials) == len(set(configurations(study))) == SIZE
 
 
+def test_a_study_does_not_end_before_what_is_enqueued() -> None:
+    space = {"n": IntDistribution(0, 3)}
+    study = optuna.create_study(sampler=QuantuneSampler(space, seed=0))
+    for n in range(4):
+        study.enqueue_trial({"n": n})
+    study.optimize(lambda trial: trial.suggest_int("n", 0, 3))
+    assert [(t.params["n"], t.state) for t in study.trials] == [
+        (n, TrialState.COMPLETE) for n in range(4)
+    ]
+
+
 def test_a_partly_enqueued_trial_is_completed_to_an_unseen_configuration() -> None:
     study = maximize(QuantuneSampler(SPACE, seed=0))
     for _ in range(6):
