@@ -6,6 +6,7 @@ package. Both become a ``SourceStudy``, and nothing that learns from it need kno
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,6 @@ def _features(trial: FrozenTrial) -> dict[str, float]:
     numbers = {
         name: float(value)
         for name, value in trial.user_attrs.items()
-        if isinstance(value, (int, float))
+        if isinstance(value, (int, float)) and not abs(value) > sys.float_info.max
     }
     return {**numbers, **published_features(trial)}

@@ -91,6 +91,12 @@ def test_an_optuna_study_is_a_source() -> None:
     assert regrets([study], seed=0) == [0.0]
 
 
+def test_an_attribute_beyond_any_float_is_no_feature() -> None:
+    study = optuna.create_study()
+    study.add_trial(optuna.create_trial(value=0.0, user_attrs={"hash": 10**400, "size": 3}))
+    assert SourceStudy.from_study(study).features == ({"size": 3.0},)
+
+
 def test_spaces_share_the_knobs_that_they_share() -> None:
     """The source lacks a knob, has one more, and values of a shared one that are unknown here."""
     source = SourceStudy(
