@@ -178,6 +178,11 @@ class SpaceEncoding:
         return np.concatenate(blocks, axis=1)
 
 
+def plain(value: Any) -> Any:
+    """A parameter's value as JSON can hold it: a tuple, a function, a numpy number by its name."""
+    return value if isinstance(value, (str, int, float, type(None))) else repr(value)
+
+
 def _distinct(distribution: BaseDistribution) -> BaseDistribution:
     """Choices that compare equal, as True and 1 do, are one: Optuna stores the first of them."""
     if not isinstance(distribution, CategoricalDistribution):
@@ -202,11 +207,13 @@ def _n_values(distribution: BaseDistribution) -> int:
 
 
 def _choice_codes(distribution: BaseDistribution) -> dict[Any, float]:
-    """Codes of the choices that are strings or integers."""
+    """Codes of the choices that are strings or integers, or stand as strings in a plan."""
     if not isinstance(distribution, CategoricalDistribution):
         return {}
-    choices = [choice for choice in distribution.choices if isinstance(choice, (str, int))]
-    return {choice: float(distribution.to_internal_repr(choice)) for choice in choices}
+    # What is a string itself comes last: it goes before another choice of that name.
+    choices = sorted(distribution.choices, key=lambda choice: isinstance(choice, str))
+    codes = {plain(c): float(distribution.to_internal_repr(c)) for c in choices}
+    return {choice: code for choice, code in codes.items() if isinstance(choice, (str, int))}
 
 
 def _code(distribution: BaseDistribution, internal: float) -> float:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from optuna_quantune.search.encoding import plain
 from optuna_quantune.search.pruner import RUNGS_KEY
 from optuna_quantune.search.targets import LARGEST
 
@@ -182,7 +183,8 @@ def publish_plan(
     from this one.
     """
     known = {name: value for name, value in (features or {}).items() if math.isfinite(value)}
-    text = json.dumps({"params": dict(params), "features": known})
+    values = {name: plain(value) for name, value in params.items()}
+    text = json.dumps({"params": values, "features": known})
     # A shorter plan must overwrite a longer one entirely; JSON ends may be padded.
     text = text.ljust(len("".join(_plan_chunks(study._storage.get_trial(trial._trial_id)))))
     for start in range(0, len(text), _MAX_ATTR_LENGTH):

@@ -167,6 +167,20 @@ def test_choices_that_compare_equal_are_one_configuration(choices: list[Any]) ->
     assert len(study.trials) == 2
 
 
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
+@pytest.mark.parametrize(
+    "choices",
+    [list(np.arange(3)), [(1, 2), [1, 2], "1"], [math.sin, len, None], [1.5, b"1.5", "1.5"]],
+)
+def test_choices_of_any_type_are_told_apart_while_they_run(choices: list[Any]) -> None:
+    distribution = CategoricalDistribution(choices)
+    sampler = QuantuneSampler({"x": distribution, "y": IntDistribution(0, 1)}, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    asked = [study.ask().relative_params for _ in range(6)]
+    found = {(choices.index(params["x"]), params["y"]) for params in asked}
+    assert len(found) == 6
+
+
 def test_the_space_of_a_study_stays_known_beside_many_others() -> None:
     """Every enqueued parameter beyond the space makes another space for its trial."""
     calls = Counter[str]()
