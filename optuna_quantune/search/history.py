@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_quantune.search.encoding import plain
-from optuna_quantune.search.pruner import RUNGS_KEY
+from optuna_quantune.search.pruner import latest_estimate
 from optuna_quantune.search.targets import LARGEST
 
 
@@ -86,8 +86,8 @@ def read_history(
     """Reads all trials of the study except the one with the number ``current``.
 
     Trials that lack a parameter of the space, or have a value outside it, are left out. A trial
-    that was stopped early, or is still running, counts as its latest estimate (`RUNGS_KEY`) with
-    the uncertainty that this says. Without one, a pruned trial counts as its last intermediate
+    that was stopped early, or is still running, counts as its `latest_estimate` with the
+    uncertainty that this says. Without one, a pruned trial counts as its last intermediate
     value, but as no better than the median of the complete ones, and of unknown uncertainty: that
     it was stopped says so much and no more. One that was pruned before it reported anything counts
     as failed: so objectives reject configurations that cannot be run.
@@ -235,11 +235,11 @@ def _is_whole(trial: FrozenTrial, encoding: SpaceEncoding, fixed: Mapping[str, A
 
 def _estimate(trial: FrozenTrial, n_objectives: int) -> tuple[float, float] | None:
     """The latest estimate of a trial's only value, and its standard deviation."""
-    rungs = trial.user_attrs.get(RUNGS_KEY)
-    if not rungs or n_objectives > 1:
+    estimated = latest_estimate(trial)
+    if estimated is None or n_objectives > 1:
         return None
-    _, value, low, high = rungs[-1]
-    return float(value), max(float(high) - float(low), 0.0) / (2.0 * _INTERVAL)
+    value, low, high = estimated
+    return value, max(high - low, 0.0) / (2.0 * _INTERVAL)
 
 
 def _outcome(trial: FrozenTrial, sign: Array, middle: Array) -> tuple[Array, float]:

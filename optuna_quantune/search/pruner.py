@@ -107,8 +107,9 @@ class RacingPruner(BasePruner):
         bar = trial.user_attrs.get(BAR_KEY)
         if bar is not None and _sign(study) * float(bar) < theirs.low:
             return ours.high < _sign(study) * float(bar)
-        is_worth_it = _largest_gain(ours, theirs) > self._indifference
-        return not is_worth_it and self._loses(trial.user_attrs, incumbent.user_attrs)
+        # Between infinite estimates the gain is NaN, which says nothing.
+        is_no_gain = _largest_gain(ours, theirs) <= self._indifference
+        return is_no_gain and self._loses(trial.user_attrs, incumbent.user_attrs)
 
     def _loses(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
         """Whether the incumbent is better in general, where that is asked and can be told."""
@@ -126,16 +127,31 @@ class RacingPruner(BasePruner):
         return chance <= (1.0 - self._confidence) / 2.0
 
 
+def latest_estimate(trial: FrozenTrial) -> tuple[float, float, float] | None:
+    """A trial's latest estimate of its value and both ends of its interval; None without them.
+
+    An objective may mean something else by ``rungs``, and a NaN is no estimate.
+    """
+    match trial.user_attrs.get(RUNGS_KEY):
+        case [
+            *_,
+            [_, int() | float() as estimate, int() | float() as low, int() | float() as high],
+        ]:
+            known = not any(map(math.isnan, (estimate, low, high)))
+            return (float(estimate), float(low), float(high)) if known else None
+    return None
+
+
 def _sign(study: Study) -> float:
     return 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
 
 
 def _last_rung(study: Study, trial: FrozenTrial) -> _Rung | None:
     """What a trial knows of its value; None if it has no interval."""
-    rungs = trial.user_attrs.get(RUNGS_KEY)
-    if not rungs:
+    estimated = latest_estimate(trial)
+    if estimated is None:
         return None
-    _, estimate, low, high = rungs[-1]
+    estimate, low, high = estimated
     return _Rung(estimate, low, high) if _sign(study) > 0 else _Rung(-estimate, -high, -low)
 
 

@@ -189,6 +189,15 @@ def test_a_stopped_trial_counts_as_its_latest_estimate_and_as_that_uncertain() -
     np.testing.assert_allclose(history.noise, [0.1, np.inf])
 
 
+@pytest.mark.parametrize("rungs", [[1, 3, 9], [[10, float("nan"), 0.1, 0.9]], 5])
+def test_a_stopped_trial_without_an_estimate_counts_as_its_last_value(rungs: object) -> None:
+    study = optuna.create_study(direction="maximize")
+    _stopped(study, 1, rungs=rungs)
+    history = read_history(study, ENCODING, None)
+    np.testing.assert_allclose(history.values, [[-0.4]])
+    np.testing.assert_allclose(history.noise, [np.inf])
+
+
 def test_a_running_trial_counts_as_its_estimate_as_soon_as_it_has_one() -> None:
     study = optuna.create_study()
     trial = study.ask(dict(SPACE))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import optuna
 import pytest
 from numpy.typing import NDArray
+from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
 from optuna_quantune.search.pruner import BAR_KEY
@@ -13,6 +15,7 @@ from optuna_quantune.search.pruner import CORRECT_KEY
 from optuna_quantune.search.pruner import RacingPruner
 from optuna_quantune.search.pruner import RUNGS_KEY
 from optuna_quantune.search.pruner import SEEN_KEY
+from optuna_quantune.search.sampler import QuantuneSampler
 
 
 COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
@@ -99,6 +102,35 @@ def test_what_tells_nothing_is_never_pruned(study: optuna.Study) -> None:
     # The incumbent has no interval, so that nothing can be compared with it.
     assert tell(study, bad) == TrialState.COMPLETE
     assert tell(study, good) == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize(
+    "rungs",
+    [
+        [1, 3, 9],
+        [[1, 0.5]],
+        "1,3,9",
+        {"1": 0.5},
+        [[40, 0.5, None, None]],
+        [[40, math.nan, math.nan, math.nan]],
+        [[40, math.inf, math.inf, math.inf]],
+    ],
+)
+@pytest.mark.parametrize("of", ["trial", "incumbent"])
+def test_rungs_that_are_no_estimate_prune_nothing_and_stop_no_search(
+    rungs: object, of: str
+) -> None:
+    sampler = QuantuneSampler({"n": IntDistribution(0, 9)}, seed=0, n_startup_trials=1)
+    study = optuna.create_study(direction="minimize", pruner=RacingPruner(), sampler=sampler)
+    known = [[40, 0.0, -0.1, 0.1]]
+    for number in range(3):
+        trial = study.ask()
+        trial.suggest_int("n", 0, 9)
+        is_incumbent = number == 0
+        trial.set_user_attr(RUNGS_KEY, rungs if is_incumbent == (of == "incumbent") else known)
+        trial.report(float(number), step=1)
+        assert not trial.should_prune()
+        study.tell(trial, float(number))
 
 
 def test_a_study_of_another_objective_runs_undisturbed() -> None:
