@@ -56,8 +56,8 @@ class SpaceEncoding:
         self.name_set = frozenset(search_space)
         self.distributions = tuple(_distinct(search_space[name]) for name in self.names)
         n_values = [_n_values(distribution) for distribution in self.distributions]
-        for name, distribution, n in zip(self.names, self.distributions, n_values, strict=True):
-            if n > _MAX_VALUES:
+        for name, distribution in zip(self.names, self.distributions, strict=True):
+            if not is_countable(distribution):
                 raise InputError(
                     f"search_space[{name!r}]: {distribution!r} has more than 2**53 values; make "
                     "its step coarser, or let it be a float without a step"
@@ -176,6 +176,11 @@ class SpaceEncoding:
             else:
                 blocks.append(self.positions(codes, column)[:, None].astype(np.float32))
         return np.concatenate(blocks, axis=1)
+
+
+def is_countable(distribution: BaseDistribution) -> bool:
+    """Whether codes can tell the values of a parameter apart."""
+    return _n_values(distribution) <= _MAX_VALUES
 
 
 def plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.search.configurations import Configurations
+from optuna_quantune.search.encoding import is_countable
 from optuna_quantune.search.history import History
 from optuna_quantune.search.history import is_taken
 from optuna_quantune.search.history import publish_plan
@@ -190,7 +191,8 @@ class QuantuneSampler(BaseSampler):
         """The search space of the constructor, or what all complete trials share."""
         if self._search_space is not None:
             return dict(self._search_space)
-        return intersection_search_space(study.get_trials(deepcopy=False))
+        shared = intersection_search_space(study.get_trials(deepcopy=False))
+        return {name: d for name, d in shared.items() if is_countable(d)}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -266,7 +268,8 @@ class QuantuneSampler(BaseSampler):
                         trial_number=trial.number,
                         independent_sampler_name=self._independent_sampler.__class__.__name__,
                         sampler_name=self.__class__.__name__,
-                        fallback_reason="not all trials have it, or its range has changed",
+                        fallback_reason="not all trials have it, its range has changed, "
+                        "or it has more than 2**53 values",
                     )
                 )
         return self._independent_sampler.sample_independent(

@@ -567,6 +567,14 @@ def test_conditional_parameters_are_sampled_independently() -> None:
     assert study.best_trial.params["clip"] is True
 
 
+def test_an_inferred_space_does_without_integers_that_cannot_be_counted() -> None:
+    study = optuna.create_study(sampler=QuantuneSampler(seed=0, warn_independent_sampling=False))
+    study.optimize(
+        lambda t: t.suggest_int("n", 0, 9) + t.suggest_int("seed", 0, 2**62) % 2, n_trials=10
+    )
+    assert study.best_trial.params["n"] <= 1
+
+
 def test_independent_sampling_warns_once_it_was_avoidable(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
