@@ -110,7 +110,8 @@ class LimitLine:
         line = PriorLine.fit(space_guess, trial_guess, values)
         expected = _limit_errors(space_guess[:, None])[0]
         variance = (expected**2 + np.square(values - line(trial_guess)).sum()) / (1 + len(values))
-        return cls(line, float(np.sqrt(variance)))
+        # The squares of tiny numbers are zero.
+        return cls(line, float(np.sqrt(variance)) or float(expected))
 
     def log_probability(self, guess: NDArray[np.float64]) -> NDArray[np.float64]:
         """Logarithm of the probability that the constraint is kept; same shape as `guess`."""

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 # What larger finite numbers count as: their squares are finite, and float32 holds them.
 LARGEST = 1e30
+# Scales from the center beyond which all is alike: its square is finite. Only where values differ
+# by next to nothing, and a prior expects others, is anything as far.
+_FARTHEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class TargetTransform:
 
     def _standardised(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         finite = np.nan_to_num(values, nan=np.nan, posinf=self.highest, neginf=self.lowest)
-        return np.asarray((finite - self.center) / self.scale)
+        with np.errstate(over="ignore"):
+            standard = (finite - self.center) / self.scale
+        return np.clip(standard, -_FARTHEST, _FARTHEST)
 
 
 def center_and_spread(

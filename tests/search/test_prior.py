@@ -3,10 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from optuna_quantune.search.prior import LimitLine
 from optuna_quantune.search.prior import PriorLine
 
 
 SPACE = np.linspace(0.0, 1.0, 101)
+
+
+def test_limits_that_are_tiny_have_a_spread() -> None:
+    guess = np.array([1e-301, -2e-301, 3e-301])
+    assert LimitLine.fit(guess, guess[:1], np.array([-1e-301])).error > 0.0
 
 
 def test_without_trials_the_prior_is_taken_as_it_is() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from optuna_quantune.search.targets import TargetTransform
 
@@ -40,6 +41,12 @@ def test_infinities_count_as_the_extreme_finite_values() -> None:
 def test_values_without_spread_and_without_finite_numbers_are_zero() -> None:
     for values in (np.array([2.0]), np.full(4, 2.0), np.array([np.inf, -np.inf])):
         np.testing.assert_array_equal(TargetTransform.fit(values)(values), 0.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_lies_far_from_values_that_hardly_differ_stays_finite() -> None:
+    transform = TargetTransform.fit(np.array([1e-300, 2e-300]))
+    assert np.isfinite(transform(np.array([-1e30, 1e30])) ** 2).all()
 
 
 def test_the_expected_scale_outweighs_two_close_trials() -> None:
