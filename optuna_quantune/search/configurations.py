@@ -52,6 +52,9 @@ Features = Callable[[Mapping[str, Any]], Mapping[str, float]]
 Valid = Callable[[Mapping[str, Any]], bool]
 Suggest = Callable[[], Iterable[Mapping[str, Any]]]
 
+# Numbers in the kernel features of all configurations of a space that is enumerated; more, as of
+# parameters with hundreds of choices, take seconds for each trial and gigabytes.
+_MAX_ENTRIES = 20_000_000
 # Spaces with features up to this size are described as a whole.
 MAX_DESCRIBED = 512
 # Configurations of a larger space that are described to sketch the rest, first at random, then
@@ -188,7 +191,8 @@ class Configurations:
     @property
     def is_enumerable(self) -> bool:
         """Whether the space is small enough to look at every configuration."""
-        return bool(self.encoding.size <= MAX_ENUMERATED)
+        size = self.encoding.size
+        return size <= MAX_ENUMERATED and size * self.encoding.n_features <= _MAX_ENTRIES
 
     @cached_property
     def all(self) -> Candidates:

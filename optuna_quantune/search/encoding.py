@@ -77,6 +77,12 @@ class SpaceEncoding:
         return len(self.names)
 
     @property
+    def n_features(self) -> int:
+        """The number of kernel features."""
+        knots = zip(self.n_values.tolist(), self._knot_positions, strict=True)
+        return sum(n if positions is None else len(positions) for n, positions in knots)
+
+    @property
     def strides(self) -> NDArray[np.int64]:
         """How far apart in rank neighbouring values of each parameter of a finite space are."""
         return np.append(np.cumprod(self.n_values[:0:-1])[::-1], 1)
@@ -289,6 +295,7 @@ def _nystroem(positions: NDArray[np.float64], knots: NDArray[np.float64]) -> NDA
 
 def _one_hot(codes: NDArray[np.float64], n_values: int) -> NDArray[np.float32]:
     result = np.full((len(codes), n_values), np.nan, dtype=np.float32)
-    known = ~np.isnan(codes)
-    result[known] = np.eye(n_values, dtype=np.float32)[codes[known].astype(np.int64)]
+    known = np.flatnonzero(~np.isnan(codes))
+    result[known] = 0.0
+    result[known, codes[known].astype(np.int64)] = 1.0
     return result

@@ -12,6 +12,7 @@ import pytest
 from optuna._hypervolume import compute_hypervolume
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
+from optuna.distributions import IntDistribution
 from scipy.stats import spearmanr
 
 from optuna_quantune.search.configurations import Configurations
@@ -51,6 +52,13 @@ def test_a_small_space_is_described_as_a_whole() -> None:
     space = {f"knob{i}": CategoricalDistribution(range(4)) for i in range(4)}
     configurations = Configurations(space, features, None, {})
     assert len(configurations.reference) == features.calls == 256 <= MAX_DESCRIBED
+
+
+def test_a_space_whose_features_would_fill_the_memory_is_not_listed() -> None:
+    many = CategoricalDistribution(range(1000))
+    few = {"many": many, "few": CategoricalDistribution(range(10))}
+    assert Configurations(few, None, None, {}).is_enumerable
+    assert not Configurations({**few, "n": IntDistribution(0, 9)}, None, None, {}).is_enumerable
 
 
 def test_the_guesses_of_a_large_space_are_sketched_from_a_few_hundred_of_them() -> None:

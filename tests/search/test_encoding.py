@@ -124,6 +124,12 @@ def test_enumeration_is_the_product_of_the_values_in_order() -> None:
     np.testing.assert_array_equal(encoding.flat_index(codes), np.arange(6))
 
 
+def test_kernel_features_are_as_many_as_announced() -> None:
+    encoding = SpaceEncoding(MIXED)
+    codes = random_codes(encoding, 1, np.random.RandomState(0))
+    assert encoding.kernel_features(codes).shape == (1, encoding.n_features)
+
+
 def test_kernel_features_of_categorical_parameters_count_agreements() -> None:
     encoding = SpaceEncoding({n: CategoricalDistribution(range(3)) for n in "abcd"})
     codes = random_codes(encoding, 20, np.random.RandomState(0))
