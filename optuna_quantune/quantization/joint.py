@@ -86,7 +86,7 @@ class JointNoise:
         self._model = quantizer.model
         first = math.ceil(_FIRST * len(inputs))
         self._feeds = [
-            _in_batches(part) if self._model.takes_batches else part
+            _in_batches(part) if self._model.takes_batches and _alike(inputs) else part
             for part in (inputs[:first], inputs[first:])
             if part
         ]
@@ -208,6 +208,11 @@ def joint_error(
     silent = gain <= 0.0 or left > _SILENT * gain**2 * power
     confusion = _SILENT if silent else left / (gain**2 * power)
     return JointError(float(np.mean(ratios)), confusion, gain)
+
+
+def _alike(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
+    """Whether all inputs have the same shapes, so that they can share a batch."""
+    return len({tuple(feed[name].shape for name in feed) for feed in inputs}) == 1
 
 
 def _in_batches(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, NDArray[Any]]]:

@@ -29,6 +29,7 @@ def two_layers(
     second: NDArray[np.float32],
     inputs: NDArray[np.float32],
     batch: str | int = "n",
+    length: tuple[str, ...] = (),
 ) -> Quantizer:
     nodes = [
         helper.make_node("MatMul", ["x", "first"], ["h"], name="first"),
@@ -37,8 +38,12 @@ def two_layers(
     graph = helper.make_graph(
         nodes,
         "linear",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [batch, len(first)])],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [batch, second.shape[1]])],
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [batch, *length, len(first)])],
+        [
+            helper.make_tensor_value_info(
+                "y", onnx.TensorProto.FLOAT, [batch, *length, second.shape[1]]
+            )
+        ],
         [numpy_helper.from_array(first, "first"), numpy_helper.from_array(second, "second")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
@@ -90,6 +95,18 @@ def test_noise_of_a_weight_is_that_of_running_the_model_with_it(tmp_path: Path) 
     }
     for weight, error in errors.items():
         assert found.weight_noise[weight] == pytest.approx(np.mean(np.square(error)), rel=1e-3)
+
+
+def test_inputs_of_several_lengths_are_not_put_into_one_batch(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((2, 30, 30)).astype(np.float32)
+    inputs = rng.standard_normal((8, 5, 30)).astype(np.float32)
+    quantizer = two_layers(tmp_path, first, second, inputs, length=("t",))
+    feeds = [{"x": inputs[i : i + 1, : 2 + i % 3]} for i in range(8)]
+    config = QuantizationConfig(granularity="tensor")
+    several = JointNoise(quantizer, feeds).of_weights(config).total
+    flat = {"x": np.concatenate([feed["x"] for feed in feeds], axis=1)}
+    assert several == pytest.approx(JointNoise(quantizer, [flat]).of_weights(config).total)
 
 
 @pytest.mark.parametrize("batch", ["n", 1])
