@@ -217,6 +217,25 @@ def test_a_loop_of_the_users_needs_no_evaluation_inputs(detector: Path) -> None:
     assert result.trial.intermediate_values == {}
 
 
+def test_a_loop_of_the_users_measures_outputs_without_a_batch_axis(
+    detector: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(detector)
+    node = helper.make_node("ReduceMean", ["scores"], ["mean"], name="mean", keepdims=0)
+    model.graph.node.append(node)
+    model.graph.output.append(helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, []))
+    onnx.save(model, tmp_path / "mean.onnx")
+    result = tune(
+        tmp_path / "mean.onnx",
+        calibration=ArrayInputs(INPUTS),
+        space=SPACE,
+        evaluate=lambda session: float(session.run(["mean"], INPUTS)[0]),
+        n_trials=1,
+        cache=None,
+    )
+    assert result.all_inputs.quantized.own == result.trial.value
+
+
 def test_a_metric_that_fails_is_found_before_the_search(detector: Path) -> None:
     def wrong(outputs: Any, reference: Any) -> float:
         return float(outputs["masks"].mean())

@@ -24,6 +24,7 @@ from optuna_quantune.evaluation.metrics import near_chance
 from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.evaluation.runner import run
+from optuna_quantune.evaluation.runner import run_first
 from optuna_quantune.evaluation.runner import why_one_at_a_time
 
 
@@ -133,6 +134,9 @@ class Evaluator:
         if "float_evaluation" in self.__dict__:
             return
         session = self._float_session  # kept for what else the float model is run on
+        if not self._compares_outputs:  # they may have any shape
+            run_first(session, self._calibration.bind(self._specs))
+            return
         for inputs in (self._calibration, self._inputs):
             outputs = self.outputs(session, inputs.subset([0]), "float model")
         if self._metric.of_classes:

@@ -187,13 +187,8 @@ def iterate(
         padding = (fixed_size or rows) - rows
         if padding:  # the last batch of a model with a fixed batch size above 1
             feed = {name: _padded(array, padding) for name, array in feed.items()}
-        try:
-            with CORES.take(threads):
-                results = session.run(names, feed)
-        except Exception as error:  # ONNX Runtime's errors share no narrower type
-            raise InputError(
-                f"{source}: the model fails on a batch of {rows + padding}: {_first_line(error)}"
-            ) from error
+        with CORES.take(threads):
+            results = _run_batch(session, names, feed, source)
         for name, result in zip(names, results, strict=True):
             if np.ndim(result) == 0 or len(result) != rows + padding:
                 raise InputError(
@@ -256,6 +251,17 @@ def run(
     return collected
 
 
+def run_first(session: onnxruntime.InferenceSession, source: InputSource) -> None:
+    """Run a model on its first input, whatever shapes its outputs have.
+
+    Raises:
+        InputError: The input cannot be read, or the model fails.
+    """
+    bound = source.bind(input_specs(session))
+    for feed in bound.batches(1, np.arange(1)):
+        _run_batch(session, None, feed, source)
+
+
 def why_one_at_a_time(
     session: onnxruntime.InferenceSession, source: InputSource, outputs: Sequence[str]
 ) -> str | None:
@@ -291,6 +297,22 @@ def why_one_at_a_time(
         ):
             return f"{source}: the model's output {name!r} is another one for two inputs at once"
     return None
+
+
+def _run_batch(
+    session: onnxruntime.InferenceSession,
+    names: Sequence[str] | None,
+    feed: dict[str, NDArray[Any]],
+    source: InputSource,
+) -> list[NDArray[Any]]:
+    try:
+        results: list[NDArray[Any]] = session.run(names, feed)
+    except Exception as error:  # ONNX Runtime's errors share no narrower type
+        rows = len(next(iter(feed.values())))
+        raise InputError(
+            f"{source}: the model fails on a batch of {rows}: {_first_line(error)}"
+        ) from error
+    return results
 
 
 def _has_one_shape(source: InputSource) -> bool:
