@@ -11,15 +11,18 @@ import onnx
 from optuna_quantune.errors import InputError
 
 
-def check_writable(path: str | Path) -> None:
-    """Finds out before any work whether a model can be written to `path`.
+def check_writable(path: str | Path, float_model: str | Path) -> None:
+    """Finds out before any work whether an int8 model can be written to `path`.
 
     Raises:
-        InputError: If the folder is missing or cannot be written to, or `path` is a folder.
+        InputError: If the folder is missing or cannot be written to, `path` is a folder, or it is
+            the float model itself, which would be lost.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"output {path}: is a folder; name the .onnx file to write")
+    if path.exists() and Path(float_model).exists() and path.samefile(float_model):
+        raise InputError(f"output {path}: is the float model, which would be lost; name another")
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp"):
             pass

@@ -244,7 +244,7 @@ def tune(
     if prefer not in (None, *get_args(Preference)):
         raise InputError(f"prefer {prefer!r}: use 'latency', 'size' or 'accuracy'")
     if output is not None:
-        check_writable(output)
+        check_writable(output, model)
     search_space = SearchSpace.load(space) if isinstance(space, str) else space
     # A loop of the user's brings its own inputs; only the user can split them.
     selecting, held_out = (

@@ -40,9 +40,19 @@ def test_a_write_that_fails_halfway_leaves_the_old_model_and_nothing_else(
 
 
 def test_where_no_model_can_be_written_is_known_before(tmp_path: Path) -> None:
-    check_writable(tmp_path / "model.onnx")
+    float_model = tmp_path / "float.onnx"
+    check_writable(tmp_path / "model.onnx", float_model)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="is a folder"):
-        check_writable(tmp_path)
+        check_writable(tmp_path, float_model)
     with pytest.raises(InputError, match="cannot be written"):
-        check_writable(tmp_path / "missing" / "model.onnx")
+        check_writable(tmp_path / "missing" / "model.onnx", float_model)
+
+
+def test_the_float_model_is_never_written_over(tmp_path: Path) -> None:
+    float_model, link = tmp_path / "float.onnx", tmp_path / "link.onnx"
+    float_model.touch()
+    link.symlink_to(float_model)
+    for output in (float_model, link):
+        with pytest.raises(InputError, match="is the float model, which would be lost"):
+            check_writable(output, float_model)
