@@ -272,7 +272,7 @@ def tune_command(
         else _inputs("evaluation", evaluation, data, preprocessing, labels=labels),
         metric=import_function(metric, "--metric") if metric and ":" in metric else metric,
         evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
-        output=output or str(Path(model).with_suffix(".int8.onnx")),
+        output=output or _beside(model),
         **options,
     )
 
@@ -310,6 +310,12 @@ def _inputs(
             f"--data {data!r}: fails for {split!r}: {type(error).__name__}: {error}"
         ) from error
     return as_input_source(inputs)
+
+
+def _beside(model: str) -> str:
+    """Where the int8 model is written when nothing is said."""
+    path = Path(model)
+    return str(path.parent / f"{path.stem}.int8.onnx")
 
 
 def _provider(text: str) -> Provider:
@@ -364,9 +370,9 @@ def quantize_command(
     **options: Any,
 ) -> None:
     """Builds one configuration of MODEL."""
-    path = output or str(Path(model).with_suffix(".int8.onnx"))
+    path = output or _beside(model)
     chosen = _read_config(config)
-    check_writable(path)
+    check_writable(path, model)
     with _progress() as progress:
         objective = _objective_without_evaluation(
             model,
@@ -520,7 +526,8 @@ def _stdout() -> Console:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[ProgressBars]:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the trials are printed as lines
+    # Trials are printed as lines, those that fail with their reason: not with a traceback, too.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=_PLAIN_WIDTH)

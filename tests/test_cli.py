@@ -223,6 +223,7 @@ def labels_file(text: str):  # type: ignore[no-untyped-def]
         (None, ("--n-trials", "0"), "--n-trials"),
         (None, ("--output", "no/such/folder/x.onnx"), "no/such/folder/x.onnx"),
         (None, ("--output", "images"), "images: is a folder"),
+        (None, ("--output", "model.onnx"), "model.onnx: is the float model"),
         (None, ("--storage", "no/such/folder/x.log"), "no/such/folder/x.log"),
         (None, ("--no-such-option",), "--no-such-option"),
     ],
@@ -244,6 +245,37 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(  # type: ignore[no-unt
     assert error.startswith("optuna-quantune: ")
     assert len(error.strip().splitlines()) == 1
     assert not list(folder.glob("*.int8.onnx"))
+
+
+def test_a_folder_in_place_of_a_model_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, "tune", ".", *TUNE[2:], monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == "optuna-quantune: model .: no such file\n"
+
+
+def test_ctrl_c_in_a_trial_and_a_trial_that_fails_are_no_tracebacks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "stopping.py").write_text(
+        "import itertools\n"
+        "calls = itertools.count()\n"
+        "def value(session):\n"
+        "    call = next(calls)  # of the float model, of three trials, of the result\n"
+        "    if call == 1:\n"
+        "        raise ArithmeticError('no value here')\n"
+        "    if call == 3:\n"
+        "        raise KeyboardInterrupt\n"
+        "    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    arguments = ("tune", "model.onnx", "--calibration", "images", "--evaluate", "stopping:value")
+    code = call(folder, *arguments, "--preprocessing", "recipe.json", monkeypatch=monkeypatch)
+    printed = capsys.readouterr()
+    assert code == 0
+    assert "The search was interrupted" in printed.out
+    assert "no value here" in printed.err
+    assert "Traceback" not in printed.err
 
 
 @pytest.mark.parametrize(
