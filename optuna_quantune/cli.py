@@ -45,6 +45,7 @@ from optuna_quantune.quantization.lint import lint_quantized
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.quantized_graph import load_quantized
 from optuna_quantune.report.console import config_lines
+from optuna_quantune.report.console import figure
 from optuna_quantune.report.console import finding_lines
 from optuna_quantune.report.console import layers_table
 from optuna_quantune.report.console import pareto_table
@@ -383,7 +384,7 @@ def quantize_command(
         )
         quantized = objective.quantize(chosen).proto
         write_model(quantized, path)
-    click.echo(f"wrote {path} ({Path(path).stat().st_size / 1e6:.2f} MB)")
+    click.echo(f"wrote {path} ({figure(Path(path).stat().st_size / 1e6)} MB)")
     _warn(lint_quantized(quantized, float_model=objective.model))
 
 

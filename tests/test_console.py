@@ -66,3 +66,12 @@ def test_knobs_that_would_need_too_many_columns_stand_below_the_table() -> None:
     for width in (80, 200):
         words = set(shown(trials, width).replace(",", " ").split())
         assert words >= {*names, *values[0], *values[1]}  # nothing is cut off
+
+
+def test_sizes_of_tiny_models_have_three_digits() -> None:
+    trials = [trial(n, scheme=s) for n, s in enumerate(("symmetric", "asymmetric", "none"))]
+    sizes = [52_043.0, 410_400.0, 10_861_000.0]
+    for item, size in zip(trials, sizes, strict=True):
+        item.set_user_attr("size_bytes", size)
+    words = shown(trials, 100).split()
+    assert {"0.0520", "0.410", "10.86"} <= set(words)
