@@ -63,13 +63,14 @@ class Goals:
         for objective in self.objectives:
             if objective not in known:
                 raise InputError(f"objective {objective!r}: use {', '.join(known)}")
-        if self.max_accuracy_drop is not None and self.max_accuracy_drop < 0:
+        # "not >=": what is no number is refused, too.
+        if self.max_accuracy_drop is not None and not self.max_accuracy_drop >= 0:
             raise InputError(f"max_accuracy_drop: {self.max_accuracy_drop} must not be negative")
-        if self.max_latency is not None and self.max_latency <= 0:
+        if self.max_latency is not None and not self.max_latency > 0:
             raise InputError(
                 f"max_latency: {self.max_latency} must be positive: a ratio to the float model"
             )
-        if self.max_size is not None and self.max_size < 1:
+        if self.max_size is not None and not self.max_size >= 1:
             raise InputError(f"max_size: {self.max_size} must be positive: bytes of the model")
 
     @property

@@ -81,6 +81,8 @@ def test_a_constraint_is_feasible_exactly_where_its_bound_is_kept() -> None:
         ({"objectives": ("speed",)}, "objective 'speed': use accuracy, latency, size"),
         ({"max_accuracy_drop": -0.1}, "max_accuracy_drop: -0.1 must not be negative"),
         ({"max_latency": 0.0}, "max_latency: 0.0 must be positive"),
+        ({"max_latency": float("nan")}, "max_latency: nan must be positive"),
+        ({"max_accuracy_drop": float("nan")}, "max_accuracy_drop: nan must not be negative"),
         ({"max_size": 0}, "max_size: 0 must be positive"),
     ],
 )
