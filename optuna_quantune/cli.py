@@ -149,7 +149,11 @@ def _search_options(n_trials: int) -> Callable[[Command], Command]:
                 help="A trial ends when its accuracy is certain to X (0.002 is 0.2 points, the "
                 "half width of the 95 % interval). [default: 0.002, at least two inputs]",
             ),
-            click.option("--study-name", help="Name of the study in the storage."),
+            click.option(
+                "--study-name",
+                show_default="of the model's name and what is searched",
+                help="Name of the study in the storage.",
+            ),
             click.option(
                 "--storage",
                 help="Database URL (sqlite:///x.db) or journal file; the same command again goes "

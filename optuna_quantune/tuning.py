@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import time
@@ -228,7 +229,8 @@ def tune(
             inputs that select. The result is measured on all inputs.
         exact: Run every trial to its end, unless the pruner stops it.
         storage: An Optuna storage, a database URL, or the path of a journal file.
-        study_name: Name of the study in the storage.
+        study_name: Name of the study in the storage; None makes one of the model's name and what
+            is searched, so that the same call goes on with its own study.
         seed: Seed of the sampler and of the split.
         output: The ``.onnx`` file to write.
         cache: Folder of the calibration statistics; None keeps nothing.
@@ -273,7 +275,7 @@ def tune(
     inputs = len(objective.evaluation)
     study = _open_study(
         storage,
-        study_name,
+        study_name or (None if storage is None else _study_name(objective)),
         make_sampler(sampler, objective, seed=seed) if isinstance(sampler, str) else sampler,
         # What is better by less than half an input is not better on these inputs.
         pruner or RacingPruner(indifference=max(DEFAULT_INDIFFERENCE, 0.5 / inputs)),
@@ -357,12 +359,18 @@ def make_sampler(name: str, objective: QuantizationObjective, *, seed: int) -> B
     return sampler
 
 
+def _study_name(objective: QuantizationObjective) -> str:
+    """The name of a study that was given none: the same search finds it again, no other does."""
+    search = f"{objective.fingerprint} {objective.goals} {dict(objective.space)}"
+    return f"{objective.model.path.stem}-{hashlib.sha256(search.encode()).hexdigest()[:8]}"
+
+
 def _check_budget(n_trials: int | None, timeout: float | None) -> None:
     if n_trials is None and timeout is None:
         raise InputError("n_trials and timeout: give at least one of them")
     if n_trials is not None and n_trials < 1:
         raise InputError(f"n_trials: {n_trials} is not positive")
-    if timeout is not None and timeout <= 0:
+    if timeout is not None and not timeout > 0:
         raise InputError(f"timeout: {timeout} seconds is not positive")
 
 
@@ -626,7 +634,13 @@ def _choices(space: SearchSpace) -> dict[str, list[Any]]:
 
 def _sampler_of_factory(name: str, space: SearchSpace, seed: int) -> BaseSampler:
     factory = import_function(name, "sampler")
-    sampler = factory(space, seed=seed)
+    try:
+        sampler = factory(space, seed=seed)
+    except Exception as error:  # whatever a user's function raises
+        raise InputError(
+            f"sampler {name!r}: fails when it is called with the search space and seed={seed}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(sampler, BaseSampler):
         raise InputError(f"sampler {name!r}: gave a {type(sampler).__name__}, not a sampler")
     return sampler

@@ -77,6 +77,17 @@ def test_held_out_inputs_take_no_part_in_the_search(  # type: ignore[no-untyped-
     assert interval.low <= interval.estimate <= interval.high
 
 
+def test_without_a_study_name_the_same_call_goes_on_and_another_does_not(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path
+) -> None:
+    storage = str(tmp_path / "journal.log")
+    first = run(n_trials=2, storage=storage).study
+    again = run(n_trials=3, storage=storage).study
+    other = run(n_trials=1, storage=storage, max_size=10**9).study
+    assert first.study_name == again.study_name != other.study_name
+    assert (len(again.trials), len(other.trials)) == (3, 1)
+
+
 @pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "{}/journal.log"])
 def test_the_same_call_again_goes_on_where_it_stopped(run, tmp_path: Path, storage: str) -> None:  # type: ignore[no-untyped-def]
     place = {"storage": storage.format(tmp_path), "study_name": "toy"}
@@ -167,6 +178,8 @@ def test_an_exhausted_space_ends_the_search(run) -> None:  # type: ignore[no-unt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"timeout": float("nan")}, "timeout: nan seconds is not positive"),
+        ({"sampler": "os:getcwd"}, "sampler 'os:getcwd': fails when it is called .* TypeError"),
         ({"n_trials": 0}, "n_trials: 0 is not positive"),
         ({"output": "no/such/folder/x.onnx"}, "output no/such/folder/x.onnx: cannot be written"),
         ({"output": "/"}, "output /: is a folder"),
