@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
+import numpy as np
+import onnx
 import optuna
+from onnx import helper
+from onnx import numpy_helper
+from onnx import TensorProto
 from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
+from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.report.console import layers_table
 from optuna_quantune.report.console import trials_table
 
 
@@ -75,3 +83,26 @@ def test_sizes_of_tiny_models_have_three_digits() -> None:
         item.set_user_attr("size_bytes", size)
     words = shown(trials, 100).split()
     assert {"0.0520", "0.410", "10.86"} <= set(words)
+
+
+def test_what_recurrent_nodes_keep_in_float_is_said(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"w": (1, 16, 3), "r": (1, 16, 4), "dense": (4, 2)}  # 48 + 64, and 8
+    graph = helper.make_graph(
+        [
+            helper.make_node("LSTM", ["x", "w", "r"], ["", "h"], "lstm", hidden_size=4),
+            helper.make_node("MatMul", ["h", "dense"], ["y"], "dense"),
+        ],
+        "recurrent",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 1, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 2])],
+        [
+            numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+            for name, shape in shapes.items()
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, tmp_path / "recurrent.onnx")
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(layers_table(load_float_model(tmp_path / "recurrent.onnx")))
+    assert "93% of the parameters stay in float: those of recurrent nodes" in console.export_text()

@@ -76,6 +76,16 @@ def reads(node: onnx.NodeProto) -> list[str]:
     return names
 
 
+def is_sorted(graph: onnx.GraphProto) -> bool:
+    """Whether each node stands behind those that write what it, or a graph within it, reads."""
+    unwritten = {name for node in graph.node for name in node.output}
+    for node in graph.node:
+        if not unwritten.isdisjoint(reads(node)):
+            return False
+        unwritten.difference_update(node.output)
+    return True
+
+
 def sort_nodes(graph: onnx.GraphProto) -> None:
     """Puts each node behind those that write what it, or a graph within it, reads.
 

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import logging
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -21,20 +22,27 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
+from onnx import helper
 from onnx import numpy_helper
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import is_sorted
 from optuna_quantune.quantization.graph import opset_of
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
+from optuna_quantune.quantization.graph import sort_nodes
+from optuna_quantune.quantization.session import make_session
 
 
 WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Have no integer kernels on processors.
 NORMALIZATION_OPS: Final = ("BatchNormalization", "InstanceNormalization", "LayerNormalization")
+# Have weights, which ONNX Runtime's quantizer leaves as they are.
+RECURRENT_OPS: Final = ("GRU", "LSTM", "RNN")
 # Operators whose third input is a bias.
 _BIASED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", *NORMALIZATION_OPS)
 # Per-channel DequantizeLinear (its `axis` attribute) exists since opset 13.
@@ -151,9 +159,12 @@ def load_float_model(path: str | Path) -> FloatModel:
         raise InputError(f"model {path}: no such file")
     try:
         source = onnx.load(path)
-        if all(o.type.tensor_type.HasField("shape") for o in source.graph.output):
+        in_order = is_sorted(source.graph)
+        if not in_order:  # which ONNX Runtime takes, the checker does not
+            sort_nodes(source.graph)
+        if in_order and all(o.type.tensor_type.HasField("shape") for o in source.graph.output):
             onnx.checker.check_model(str(path))
-        else:  # ONNX Runtime takes outputs without type or shape, the checker does not
+        else:  # nor does it take outputs without type or shape
             source = onnx.shape_inference.infer_shapes(source)
             onnx.checker.check_model(source)
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
@@ -169,6 +180,7 @@ def load_float_model(path: str | Path) -> FloatModel:
         raise InputError(
             f"model {path}: no quantizable layer ({', '.join(WEIGHTED_OPS)} with a constant "
             "float32 weight); nothing can be quantized"
+            + ("; its weights are float16: give the float32 model" if _has_halves(proto) else "")
         )
     names = {name for layer in layers for name in (layer.weight, layer.bias) if name}
     return FloatModel(
@@ -180,6 +192,22 @@ def load_float_model(path: str | Path) -> FloatModel:
         layers=layers,
         weights={name: numpy_helper.to_array(initializers[name]) for name in sorted(names)},
     )
+
+
+def recurrent_share(model: FloatModel) -> float:
+    """Share of the model's real parameters, 0 to 1, that recurrent nodes have: they stay float."""
+    graph = model.proto.graph
+    recurrent = {name for n in graph.node if n.op_type in RECURRENT_OPS for name in n.input}
+    sizes = {
+        tensor.name: math.prod(tensor.dims)
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+    return float(sum(sizes[name] for name in recurrent & sizes.keys()) / sum(sizes.values()))
+
+
+def _has_halves(proto: onnx.ModelProto) -> bool:
+    return any(t.data_type == onnx.TensorProto.FLOAT16 for t in proto.graph.initializer)
 
 
 def check_node_names(model: FloatModel, names: Sequence[str]) -> None:
@@ -226,6 +254,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             # Symbolic shape inference is for transformers, and would need sympy.
             quant_pre_process(str(converted), str(prepared), skip_symbolic_shape=True)
             proto = onnx.load(prepared)
+            _declare_types(proto)
         except Exception as error:  # ONNX Runtime raises its own types here, without a common base
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
@@ -242,6 +271,21 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     _separate_biases(proto.graph)
     _make_gemms_plain(proto.graph)
     return proto
+
+
+def _declare_types(proto: onnx.ModelProto) -> None:
+    """Declares the tensors that ONNX cannot, behind ONNX Runtime's own operators, as that does."""
+    graph = proto.graph
+    known = {value.name for value in (*graph.input, *graph.value_info, *graph.output)}
+    unknown = [name for node in graph.node for name in node.output if name and name not in known]
+    if not unknown:
+        return
+    asking = copy_of(proto)
+    asking.graph.output.extend(onnx.ValueInfoProto(name=name) for name in unknown)
+    for node in make_session(asking).get_outputs():
+        if node.name in unknown and node.type.startswith("tensor("):
+            dtype = onnx.TensorProto.DataType.Value(node.type[len("tensor(") : -1].upper())
+            graph.value_info.append(helper.make_tensor_value_info(node.name, dtype, node.shape))
 
 
 def _separate_biases(graph: onnx.GraphProto) -> None:
@@ -301,8 +345,9 @@ def _make_gemms_plain(graph: onnx.GraphProto) -> None:
 
 @contextlib.contextmanager
 def _quiet_root_logger() -> Iterator[None]:
-    # ONNX Runtime's quantization tools write hints for their own command line to the root logger.
-    logging.disable(logging.WARNING)
+    # ONNX Runtime's quantization tools write hints for their own command line to the root logger,
+    # and the traceback of an optimization that failed, which they do without.
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:

@@ -21,6 +21,8 @@ from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.lint import channel_spread
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import RECURRENT_OPS
+from optuna_quantune.quantization.model import recurrent_share
 from optuna_quantune.selection import metric_value
 from optuna_quantune.tuning import Comparison
 from optuna_quantune.tuning import TuningResult
@@ -208,6 +210,7 @@ def remark_lines(result: TuningResult) -> list[str]:
             f"Not measurably faster than the float model on this machine: {latency.ratio:.2f}x "
             f"[{latency.low:.2f}, {latency.high:.2f}]."
         )
+    lines += _recurrent_line(result.float_model)
     if result.interrupted:
         lines.append("The search was interrupted; this is the best model so far.")
     return lines
@@ -230,7 +233,16 @@ def layers_table(model: FloatModel) -> Table:
             f"{weight.size:,}",
             f"{channel_spread(weight, layer.channel_axis):.1f}",
         )
+    table.caption, table.caption_justify = "\n".join(_recurrent_line(model)), "left"
     return table
+
+
+def _recurrent_line(model: FloatModel) -> list[str]:
+    share = recurrent_share(model)
+    if not share:
+        return []
+    nodes = f"those of recurrent nodes ({', '.join(RECURRENT_OPS)})"
+    return [f"{share:.0%} of the parameters stay in float: {nodes}."]
 
 
 def finding_lines(findings: Iterable[Finding]) -> list[str]:

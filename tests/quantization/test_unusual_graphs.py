@@ -22,6 +22,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.graph import import_own_domain
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import get_target
@@ -202,6 +203,17 @@ def single_number() -> Case:
     return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
 
 
+def own_gelu() -> Case:
+    """ONNX Runtime's own operator, behind which ONNX knows no types."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Gelu", ["a"], ["g"], "gelu", domain="com.microsoft"),
+        make("Add", ["g", "a"], ["s"], "add"),
+        make("Conv", ["s", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
+
+
 def summed_up() -> Case:
     """A mean with its axes as an attribute, which opset 18 does not know any more."""
     nodes = [
@@ -284,6 +296,7 @@ AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], stride
         (computed_weights, "cpu", [{}, {"granularity": "tensor"}]),
         (grouped_transposed_convolution, "cpu", [{}, {"granularity": "tensor"}]),
         (single_number, "cpu", [{}]),
+        (own_gelu, "cpu", [{}, {"granularity": "tensor"}]),
         (written_out_normalization, "cpu", [{}, {"granularity": "tensor"}]),
         (masked, "cpu", [{}, {"equalization": True}]),
         (summed_up, "qnn", [{}, {"activation_bits": 16}]),
@@ -329,6 +342,34 @@ def test_what_is_no_number_at_the_output_is_named(tmp_path: Path) -> None:
         builder_of(path, "cpu").prepare()
 
 
+def test_nodes_in_any_order_are_taken_as_onnx_runtime_takes_them(tmp_path: Path) -> None:
+    path = save(*masked(), tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.graph.node.reverse()
+    onnx.save(model, tmp_path / "reversed.onnx")
+    models = [load_float_model(file) for file in (path, tmp_path / "reversed.onnx")]
+    assert len({frozenset(layer.name for layer in model.layers) for model in models}) == 1
+
+
+def test_an_operator_that_is_not_known_and_weights_of_float16_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes, constants = own_gelu()
+    path = save(nodes, constants, tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.graph.node[1].domain = model.opset_import[1].domain = "com.example"
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="cannot prepare it .*com.example:Gelu"):
+        load_float_model(path)
+    assert not caplog.records
+
+    nodes = [make("Cast", ["x"], ["h"], "cast", to=TensorProto.FLOAT16)]
+    nodes.append(make("Conv", ["h", "w"], ["y"], "conv"))
+    halves = np.ones((6, 3, 1, 1), np.float16)
+    with pytest.raises(InputError, match="its weights are float16: give the float32 model"):
+        load_float_model(save(nodes, {"w": halves}, tmp_path / "half.onnx"))
+
+
 def test_bias_correction_says_that_it_needs_inputs_of_one_shape(tmp_path: Path) -> None:
     """Other knobs do not."""
     nodes = [make("Conv", ["x", "w", "b"], ["y"], "first", pads=[1] * 4)]
@@ -352,7 +393,11 @@ def save(
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    import_own_domain(model)
+    model = onnx.shape_inference.infer_shapes(model)
+    if not model.graph.output[0].type.tensor_type.HasField("shape"):  # behind an own operator
+        model.graph.output[0].CopyFrom(value("y", TensorProto.FLOAT, [1, 6, SIZE, SIZE]))
+    onnx.save(model, path)
     return path
 
 
