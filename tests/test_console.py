@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import optuna
+import pytest
 from onnx import helper
 from onnx import numpy_helper
 from onnx import TensorProto
@@ -18,6 +19,7 @@ from optuna_quantune.evaluation.chosen_metric import ChosenMetric
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.report.console import layers_table
 from optuna_quantune.report.console import trials_table
+from optuna_quantune.report.progress import ProgressBars
 
 
 def trial(number: int, **params: object) -> FrozenTrial:
@@ -74,6 +76,28 @@ def test_knobs_that_would_need_too_many_columns_stand_below_the_table() -> None:
     for width in (80, 200):
         words = set(shown(trials, width).replace(",", " ").split())
         assert words >= {*names, *values[0], *values[1]}  # nothing is cut off
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_nothing_is_cut_off_on_a_narrow_terminal(width: int) -> None:
+    rows = [("max", "symmetric", "tensor", "none"), ("kl", "asymmetric", "channel", "first_last")]
+    names = ("clipping", "scheme", "granularity", "mixed_precision")
+    text = shown(
+        [trial(n, **dict(zip(names, row, strict=True))) for n, row in enumerate(rows)], width
+    )
+    assert "…" not in text
+    words = set(text.replace(",", " ").split())
+    assert words >= {"0.8000", "0.7900", "0.60x", *rows[0], *rows[1]}
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_stage_that_ended_early_makes_room_for_the_next() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with ProgressBars(console) as progress:
+        progress("trials", 1, 3)
+        progress("evaluation", 64, 300)
+        progress("final model", 1, 600)
+        assert list(progress.stages) == ["trials", "final model"]
 
 
 def test_sizes_of_tiny_models_have_three_digits() -> None:

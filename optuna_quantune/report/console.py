@@ -13,6 +13,9 @@ from typing import Final
 import numpy as np
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
+from rich.console import Console
+from rich.console import ConsoleOptions
+from rich.console import RenderResult
 from rich.table import Table
 
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
@@ -30,6 +33,8 @@ from optuna_quantune.tuning import TuningResult
 
 # More knobs that differ between trials stand below the table, where they can be read.
 _MOST_KNOB_COLUMNS: Final = 5
+# Columns of a console that nothing is too wide for.
+_UNBOUNDED: Final = 10_000
 
 
 def trial_line(trial: FrozenTrial) -> str:
@@ -44,27 +49,54 @@ def trial_line(trial: FrozenTrial) -> str:
     return f"trial {trial.number:>3}  {values:<9} {knobs}{note}"
 
 
-def trials_table(trials: Iterable[FrozenTrial], metric: ChosenMetric) -> Table:
+class TrialsTable:
+    """A table of trials that nothing is cut off of: on a narrow console with fewer columns.
+
+    Args:
+        title: The title.
+        trials: One row each.
+        metric: The metric's name.
+    """
+
+    def __init__(self, title: str, trials: Sequence[FrozenTrial], metric: str) -> None:
+        self.trials = trials
+        self._tables = [
+            _table_of_trials(title, trials, metric, most_knobs=knobs, narrow=narrow)
+            for knobs, narrow in ((_MOST_KNOB_COLUMNS, False), (0, False), (0, True))
+        ]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unbounded = options.update(max_width=_UNBOUNDED)
+        widths = (console.measure(table, options=unbounded).maximum for table in self._tables)
+        fitting = (t for t, w in zip(self._tables, widths, strict=True) if w <= options.max_width)
+        yield next(fitting, self._tables[-1])
+
+
+def trials_table(trials: Iterable[FrozenTrial], metric: ChosenMetric) -> TrialsTable:
     """All completed trials, best first."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     complete.sort(
         key=lambda t: (-metric.sign * metric_value(t), t.user_attrs.get("latency_ratio", np.inf))
     )
-    return _table_of_trials("Trials, best first", complete, metric.name)
+    return TrialsTable("Trials, best first", complete, metric.name)
 
 
-def pareto_table(result: TuningResult) -> Table:
+def pareto_table(result: TuningResult) -> TrialsTable:
     """The trials that no other beats in all objectives, fastest first."""
     trials = sorted(result.pareto, key=lambda trial: trial.user_attrs["latency_ratio"])
     objectives = ", ".join(result.study.metric_names or ())
-    return _table_of_trials(f"Pareto front of {objectives}", trials, result.metric.name)
+    return TrialsTable(f"Pareto front of {objectives}", trials, result.metric.name)
 
 
-def _table_of_trials(title: str, trials: Sequence[FrozenTrial], metric: str) -> Table:
+def _table_of_trials(
+    title: str, trials: Sequence[FrozenTrial], metric: str, *, most_knobs: int, narrow: bool
+) -> Table:
     table = Table(title=title, title_justify="left")
     numbers = ["trial", metric, "agreement", "SQNR dB", "latency [95 %]", "MB", "s"]
     if metric == "agreement" or all(t.user_attrs.get("agreement") is None for t in trials):
         numbers.remove("agreement")
+    if narrow:
+        numbers = ["trial", metric, "latency [95 %]", "MB"]
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     knobs = list(dict.fromkeys(name for trial in trials for name in trial.params))
@@ -73,13 +105,14 @@ def _table_of_trials(title: str, trials: Sequence[FrozenTrial], metric: str) -> 
     if len(trials) > 1 and common:
         notes.append(f"The same in all: {_knobs(trials[0].params, common)}")
         knobs = [name for name in knobs if name not in common]
-    if len(knobs) > _MOST_KNOB_COLUMNS:
+    if len(knobs) > most_knobs:
         notes += [f"Trial {trial.number}: {_knobs(trial.params, knobs)}" for trial in trials]
         knobs = []
     if notes:
         table.caption, table.caption_justify = "\n".join(notes), "left"
     for name in knobs:
-        table.add_column(name.replace("_", " "))
+        # Rich would wrap within words.
+        table.add_column(name.replace("_", "\n"), no_wrap=True)
     for trial in trials:
         attributes = trial.user_attrs
         duration = trial.duration.total_seconds() if trial.duration else float("nan")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Final
 from typing import Self
 
 import rich.progress
 from rich.console import Console
 
 
+# The stage that the others are parts of.
+_OUTER: Final = "trials"
+
+
 class ProgressBars:
-    """Shows the stages of `tune` on a terminal; nothing where there is none.
+    """Shows the stages of `tune` on a terminal, one at a time; nothing where there is none.
 
     Use it as a context manager and pass it as the `progress` callback.
 
@@ -32,14 +37,24 @@ class ProgressBars:
         self._tasks: dict[str, rich.progress.TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Moves the bar of a stage; a finished stage starts anew with the next call."""
+        """Moves the bar of a stage; a finished stage starts anew with the next call.
+
+        A stage that ended early, as evaluations do, makes room for the next one.
+        """
         if not self.console.is_terminal:
             return
         if stage not in self._tasks:
+            for other in self._tasks.keys() - {_OUTER} if stage != _OUTER else ():
+                self._bars.remove_task(self._tasks.pop(other))
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
         if done >= total:
             self._bars.remove_task(self._tasks.pop(stage))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that are shown."""
+        return tuple(self._tasks)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
