@@ -1,6 +1,6 @@
 """A model that is no classifier: int8 text recognition (OCR), tuned by its character accuracy.
 
-    pip install optuna-quantune
+    pip install .
     pip install --no-deps rapidocr-onnxruntime==1.4.4
     python examples/ocr.py [--lines 400] [--trials 20] [--output ocr.int8.onnx]
 
