@@ -281,6 +281,19 @@ def test_agreement_of_a_model_without_classes_is_refused_at_its_first_input(
         objective.prepare()
 
 
+def test_top5_of_few_classes_is_refused_before_the_search(detector: Path) -> None:
+    labels = np.zeros(len(INPUTS["size"]), np.int64)
+    objective = QuantizationObjective(
+        detector,
+        calibration=ArrayInputs(INPUTS),
+        evaluation=ArrayInputs(INPUTS, labels=labels),
+        metric="top5",
+        cache=None,
+    )
+    with pytest.raises(InputError, match="metric 'top5': the model has 3 classes"):
+        objective.prepare()
+
+
 def test_an_input_that_is_missing_is_named(detector: Path) -> None:
     only_images = ArrayInputs({"image": INPUTS["image"]})
     with pytest.raises(InputError, match="gives the inputs 'image', the model wants 'image', 's"):

@@ -21,6 +21,7 @@ from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.metrics import class_scores
 from optuna_quantune.evaluation.metrics import Measurement
 from optuna_quantune.evaluation.metrics import near_chance
+from optuna_quantune.evaluation.metrics import TOP5
 from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.evaluation.runner import run
@@ -141,6 +142,11 @@ class Evaluator:
             outputs = self.outputs(session, inputs.subset([0]), "float model")
         if self._metric.of_classes:
             classes = class_scores(next(iter(outputs.values()))).shape[1]
+            if self._metric.name == "top5" and classes <= TOP5:
+                raise InputError(
+                    f"metric 'top5': the model has {classes} classes, which are always among the "
+                    f"{TOP5} highest; take top1"
+                )
             if self._inputs.labels is not None:
                 check_label_range(self._inputs.labels, classes=classes)
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # mean left out), which no threshold can tell from a weaker model.
 _NEAR_CHANCE = 0.1
 _JACKKNIFE_GROUPS = 20
+# How many of the highest scores count for top-5.
+TOP5 = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Measurement:
     Attributes:
         n: Number of inputs.
         top1: Share of inputs whose label has the highest score, 0 to 1; None without labels.
-        top5: Share of inputs whose label is among the five highest; None without labels.
+        top5: Share of inputs whose label is among the five highest; None without labels, or with
+            no more classes than that.
         agreement: Share of inputs with the same prediction as the float model, 0 to 1; None where
             the outputs are not taken as scores of classes.
         sqnr_db: Output signal-to-quantization-noise ratio against the float model, in decibels;
@@ -78,10 +81,11 @@ def measure(
     Raises:
         InputError: The outputs are not scores of classes, or the labels are not theirs.
     """
+    few = class_scores(outputs).shape[1] <= TOP5  # of which every one is among the highest
     return Measurement(
         n=len(outputs),
         top1=None if labels is None else top_k_accuracy(outputs, labels, k=1),
-        top5=None if labels is None else top_k_accuracy(outputs, labels, k=5),
+        top5=None if labels is None or few else top_k_accuracy(outputs, labels, k=TOP5),
         agreement=agreement(outputs, reference),
         sqnr_db=sqnr_db(outputs, reference),
         margin_sqnr_db=margin_sqnr_db(outputs, reference),

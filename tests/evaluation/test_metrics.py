@@ -92,6 +92,13 @@ def test_measure_puts_them_together_also_without_labels() -> None:
     assert unlabelled.top5 is None
 
 
+def test_top5_of_five_classes_says_nothing_and_is_left_out() -> None:
+    scores = np.random.default_rng(0).normal(size=(8, 6))
+    labels = np.zeros(8, np.int64)
+    assert measure(scores, reference=scores, labels=labels).top5 is not None
+    assert measure(scores[:, :5], reference=scores[:, :5], labels=labels).top5 is None
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (0, 3), (4, 3, 2, 2), (4, 3, 2)])
 def test_outputs_that_are_no_scores_of_classes_are_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="metric of your own"):
