@@ -78,7 +78,8 @@ def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCount
         half.replace(path)
     except OSError as error:
         raise InputError(
-            f"calibration cache {path.parent}: cannot be written ({error.strerror})"
+            f"calibration cache {path.parent}: cannot be written ({error.strerror}); "
+            "name another folder (--cache, or cache=)"
         ) from error
     finally:
         if half is not None:

@@ -331,5 +331,5 @@ def test_a_store_that_cannot_be_written_is_named(
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    with pytest.raises(InputError, match="calibration cache .*cannot be written"):
+    with pytest.raises(InputError, match="calibration cache .*cannot be written .*--cache"):
         collect(model, Inputs(toy_inputs), blocked / "cache")
