@@ -330,8 +330,8 @@ def _computed_in_float(graph: QuantizedGraph) -> Iterator[Finding]:
         yield Finding(
             "int8-activations",
             f"{_layers(signed)}: ONNX Runtime on this machine computes layers with int8 "
-            "activations in float, slower than the float model; for x86-64 store activations as "
-            "uint8 (all integers and zero points moved by 128)",
+            "activations in float between conversions, which takes longer than float layers; for "
+            "x86-64 store activations as uint8 (all integers and zero points moved by 128)",
             severity="info",
         )
     wide = [
@@ -343,7 +343,7 @@ def _computed_in_float(graph: QuantizedGraph) -> Iterator[Finding]:
         yield Finding(
             "computed-in-float",
             f"{_layers(wide)}: ONNX Runtime computes layers with 16-bit activations in float, "
-            "slower than the float model; use 8 bits unless the accuracy is worth it",
+            "which takes longer than float layers; use 8 bits unless the accuracy is worth it",
         )
     others = [
         f"{layer.name} ({layer.op_type})"
@@ -354,8 +354,8 @@ def _computed_in_float(graph: QuantizedGraph) -> Iterator[Finding]:
         yield Finding(
             "computed-in-float",
             f"{_layers(others)}: stored as integers, but ONNX Runtime has no integer kernel for "
-            "it as it stands and computes it in float, slower than the float model; quantize its "
-            "input and output too, or leave it in float",
+            "it as it stands and computes it in float between conversions, which takes longer "
+            "than a float layer; quantize its input and output too, or leave it in float",
         )
 
 
