@@ -257,6 +257,32 @@ def test_a_missing_or_broken_model_file_is_named(tmp_path: Path) -> None:
         make_session(b"this is no model")
 
 
+def test_int8_before_a_reshape_is_loaded_in_the_latest_operator_sets() -> None:
+    """ONNX Runtime 1.32 on x86-64 refuses the uint8 that it makes of it from opset 21 on."""
+    constants = {"s": np.float32(0.1), "z": np.int8(3), "all": np.array([0, -1])}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Reshape", ["d", "all"], ["r"]),
+        helper.make_node("Softmax", ["r"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [tensor("x", "batch", 2, 3)],
+        [tensor("y", "batch", 6)],
+        [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()],
+    )
+    for opset in (20, 21):
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10
+        )
+        session = make_session(model.SerializeToString())
+        (y,) = session.run(None, {"x": np.arange(-3.0, 3.0, dtype=np.float32).reshape(1, 2, 3)})
+        exact = np.exp(np.arange(6.0))
+        np.testing.assert_allclose(y[0], exact / exact.sum(), rtol=1e-4)
+
+
 def test_an_execution_provider_that_is_not_there_is_an_error() -> None:
     with pytest.raises(InputError, match="NoSuchProvider is not in this ONNX Runtime"):
         make_session(linear_model(), providers=["NoSuchProvider", "CPUExecutionProvider"])
