@@ -372,6 +372,8 @@ def behind(
     outputs = {value.name for value in graph.output}
     types = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
     read = dict.fromkeys(name for node in nodes_behind for name in reads(node))
+    if first == 0:  # a whole model takes all its inputs, read or not
+        read = dict.fromkeys(spec.name for spec in model.inputs) | read
     begins = tuple(n for n in read if n in types and n not in written | constants)
     # An output of the model keeps its name for what is read from outside.
     before = {t: f"{t}__before" if t in outputs else t for t in insertions}

@@ -147,6 +147,26 @@ def test_a_changed_weight_before_a_concat_disturbs_the_part_that_it_writes(tmp_p
             np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_input_that_nothing_reads_is_taken(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="layer")],
+        "unread",
+        [
+            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 6])
+            for name in ("unread", "x")
+        ],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 4])],
+        [numpy_helper.from_array(np.ones((6, 4), dtype=np.float32), "w")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(proto, tmp_path / "model.onnx")
+    model = DisturbableModel(load_float_model(tmp_path / "model.onnx"), ["x", "y"], {})
+    ones = np.ones((1, 6), dtype=np.float32)
+    values = model.start({"unread": ones, "x": ones})
+    (output,) = model.run(Disturbance("x", ones), values)
+    np.testing.assert_array_equal(output, 2.0 * values["y"])
+
+
 def test_size_counts_axes_that_the_model_leaves_open(tmp_path: Path) -> None:
     weight = np.ones((6, 4), dtype=np.float32)
     graph = helper.make_graph(
