@@ -34,6 +34,8 @@ def float_order(graph: PlacedGraph) -> tuple[tuple[str, ...], ...]:
         At most `LONGEST_ORDER` steps of one or a few names that `placement.keep_float` takes.
     """
     total_noise, total_time = graph.noise(frozenset()), graph.time(frozenset())
+    if total_noise == 0.0:  # no output ever changes
+        return ()
     steps: list[tuple[str, ...]] = []
     chosen: frozenset[str] = frozenset()
     moves = graph.moves()

@@ -103,6 +103,11 @@ def test_of_equal_noise_the_cheaper_node_comes_first(quantizer: Quantizer) -> No
     assert ranks["stem"] < ranks["project"]
 
 
+def test_where_there_is_no_noise_nothing_is_left_in_float(quantizer: Quantizer) -> None:
+    """Of a model whose outputs never change, as behind dead units."""
+    assert order_of(quantizer, only(quantizer)) == ()
+
+
 def test_the_knob_counts_steps(quantizer: Quantizer, order: Order) -> None:
     with pytest.raises(InputError, match="knob 'float_layers': this quantizer knows no order"):
         quantizer.float_layers(QuantizationConfig(float_layers=1))
