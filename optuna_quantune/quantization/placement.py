@@ -172,8 +172,14 @@ def place(model: FloatModel, *, float_nodes: Sequence[str] = ()) -> Placement:
     for constant in constants:
         filled_in |= {constant.quantized, constant.scale, constant.zero_point}
     refill(graph.initializer, (t for t in graph.initializer if t.name not in filled_in))
-    placement = Placement(quantized, tuple(activations.values()), tuple(constants), always_float)
-    return keep_float(placement, model, float_nodes)
+    whole = Placement(quantized, tuple(activations.values()), tuple(constants), always_float)
+    placement = keep_float(whole, model, float_nodes)
+    if not placement.activations and not float_nodes:
+        raise InputError(
+            f"model {model.path}: ONNX Runtime has integer kernels for none of its layers as they "
+            "are (a grouped ConvTranspose with a bias, say); nothing can be quantized"
+        )
+    return placement
 
 
 def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[str]) -> Placement:

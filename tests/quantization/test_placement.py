@@ -399,6 +399,23 @@ def test_two_channels_of_each_weight_tell_where_the_pairs_go(
     assert (found.activations, found.constants) == (whole.activations, whole.constants)
 
 
+def test_a_model_without_integer_kernels_is_refused(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("ConvTranspose", ["x", "w", "b"], ["y"], "layer", group=2)],
+        "grouped",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 4, 5, 5])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(np.ones(shape, dtype=np.float32), name)
+            for name, shape in (("w", (4, 1, 2, 2)), ("b", (2,)))
+        ],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(onnx.shape_inference.infer_shapes(proto), tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="nothing can be quantized"):
+        place(load_float_model(tmp_path / "model.onnx"))
+
+
 def test_what_onnxruntime_cannot_quantize_is_said(
     float_model: FloatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
