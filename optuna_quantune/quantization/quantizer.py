@@ -149,7 +149,7 @@ class Quantizer:
             if site.kind != "bias":
                 constants[site.tensor] = self._constant_parameters(site, config)
         for site in placement.constants:
-            if site.kind == "bias" and not self.representation.float_bias:
+            if site.kind == "bias":  # ONNX Runtime makes integers of a float one, too
                 assert site.weight is not None
                 assert site.input_scale is not None
                 constants[site.weight] = widen_for_bias(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -261,6 +262,26 @@ def test_a_bias_too_large_for_int32_enlarges_the_scale_of_its_weight(
     # Without the enlargement the third channel would saturate, 1e4 times too small.
     assert abs(integers[3]) > 2**30
     assert error[3] < 1e-6
+
+
+def test_a_float_bias_enlarges_it_too(
+    float_model: FloatModel, toy_statistics: CalibrationStatistics
+) -> None:
+    """ONNX Runtime makes int32 of it when it loads the model."""
+    tiny = {"project.weight": (1e-12 * float_model.weights["project.weight"]).astype(np.float32)}
+    proto = onnx.ModelProto()
+    proto.CopyFrom(float_model.proto)
+    for tensor in proto.graph.initializer:
+        if tensor.name in tiny:
+            tensor.CopyFrom(numpy_helper.from_array(tiny[tensor.name], tensor.name))
+    model = dataclasses.replace(float_model, proto=proto, weights=float_model.weights | tiny)
+    config = QuantizationConfig(scheme="symmetric", fusion="on")
+    plan = Quantizer(
+        model, toy_statistics, representation=Representation("int8", float_bias=True)
+    ).plan(config)
+    (layer,) = (layer for layer in model.layers if layer.name == "project")
+    step = plan.constants["project.weight"].scale * float(plan.activations[layer.input].scale)
+    assert np.all(np.abs(model.weights["project.bias"]) < 2.0**31 * step)
 
 
 def test_relu_and_clip_go_only_where_saturation_does_their_work(quantizer: Quantizer) -> None:
