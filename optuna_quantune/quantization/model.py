@@ -47,6 +47,8 @@ RECURRENT_OPS: Final = ("GRU", "LSTM", "RNN")
 _BIASED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", *NORMALIZATION_OPS)
 # Per-channel DequantizeLinear (its `axis` attribute) exists since opset 13.
 MINIMUM_OPSET: Final = 13
+# Constants need not be inputs of the graph, too, since this version of the format.
+_IR_OF_FIXED_CONSTANTS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder, _quiet_root_logger():
         converted, prepared = Path(folder) / "converted.onnx", Path(folder) / "prepared.onnx"
         try:
-            onnx.save(source, converted)
+            onnx.save(_with_fixed_constants(source), converted)
             # Symbolic shape inference is for transformers, and would need sympy.
             quant_pre_process(str(converted), str(prepared), skip_symbolic_shape=True)
             proto = onnx.load(prepared)
@@ -260,17 +262,36 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             raise InputError(
                 f"model {path}: ONNX Runtime cannot prepare it for quantization ({reason})"
             ) from error
-    taken = {node.name for node in proto.graph.node}
-    for index, node in enumerate(proto.graph.node):
+    _name_nodes(proto.graph)
+    _separate_biases(proto.graph)
+    _make_gemms_plain(proto.graph)
+    return proto
+
+
+def _with_fixed_constants(source: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without inputs that have a value of their own: the quantized one stores integers.
+
+    Besides, ONNX Runtime folds nothing into constants that can be given anew.
+    """
+    constants = {tensor.name for tensor in source.graph.initializer}
+    if not any(value.name in constants for value in source.graph.input):
+        return source
+    fixed = copy_of(source)
+    refill(fixed.graph.input, [i for i in source.graph.input if i.name not in constants])
+    fixed.ir_version = max(source.ir_version, _IR_OF_FIXED_CONSTANTS)
+    return fixed
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Gives a name to each node that has none."""
+    taken = {node.name for node in graph.node}
+    for index, node in enumerate(graph.node):
         if not node.name:
             name = f"{node.op_type}_{index}"
             while name in taken:
                 name += "_"
             node.name = name
             taken.add(name)
-    _separate_biases(proto.graph)
-    _make_gemms_plain(proto.graph)
-    return proto
 
 
 def _declare_types(proto: onnx.ModelProto) -> None:

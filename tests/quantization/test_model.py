@@ -137,6 +137,26 @@ def test_old_opsets_are_converted_so_that_per_channel_scales_exist(tmp_path: Pat
     assert load_float_model(path).proto.opset_import[0].version >= 13
 
 
+def test_constants_that_are_inputs_too_are_constants_only(tmp_path: Path) -> None:
+    """As older exporters list them; the quantized model has no input of that name."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], name="layer"),
+        helper.make_node("PRelu", ["h", "slope"], ["y"]),
+    ]
+    constants = {"w": np.eye(4), "slope": np.full(4, 0.5)}
+    path = save_graph(tmp_path, nodes, constants, ["N", 4], ["N", 4])
+    source = onnx.load(path)
+    for tensor in source.graph.initializer:
+        value = helper.make_tensor_value_info(tensor.name, onnx.TensorProto.FLOAT, tensor.dims)
+        source.graph.input.append(value)
+    onnx.save(source, path)
+    model = load_float_model(path)
+    inputs = ArrayInputs({"x": np.ones((4, 4), dtype=np.float32)})
+    statistics = calibrate(model, inputs, required_activations(place(model)), sizes=["all"])
+    quantized = Quantizer(model, statistics).quantize(QuantizationConfig()).proto
+    assert [value.name for value in quantized.graph.input] == ["x"]
+
+
 def save_graph(
     folder: Path,
     nodes: list[onnx.NodeProto],
