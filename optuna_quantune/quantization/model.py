@@ -262,6 +262,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             raise InputError(
                 f"model {path}: ONNX Runtime cannot prepare it for quantization ({reason})"
             ) from error
+    _remove_dead_nodes(proto.graph)
     _name_nodes(proto.graph)
     _separate_biases(proto.graph)
     _make_gemms_plain(proto.graph)
@@ -280,6 +281,17 @@ def _with_fixed_constants(source: onnx.ModelProto) -> onnx.ModelProto:
     refill(fixed.graph.input, [i for i in source.graph.input if i.name not in constants])
     fixed.ir_version = max(source.ir_version, _IR_OF_FIXED_CONSTANTS)
     return fixed
+
+
+def _remove_dead_nodes(graph: onnx.GraphProto) -> None:
+    """Removes what no output needs: a layer among it would be the last of the model."""
+    needed = {output.name for output in graph.output}
+    alive = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            alive.append(node)
+            needed.update(reads(node))
+    refill(graph.node, reversed(alive))
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:

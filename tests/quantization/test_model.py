@@ -157,6 +157,15 @@ def test_constants_that_are_inputs_too_are_constants_only(tmp_path: Path) -> Non
     assert [value.name for value in quantized.graph.input] == ["x"]
 
 
+def test_a_layer_that_no_output_needs_is_no_layer(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["y"], name="layer"),
+        helper.make_node("Gemm", ["x", "w"], ["nothing"], name="dead"),
+    ]
+    path = save_graph(tmp_path, nodes, {"w": np.eye(4)}, [1, 4], [1, 4])
+    assert [layer.name for layer in load_float_model(path).layers] == ["layer"]
+
+
 def save_graph(
     folder: Path,
     nodes: list[onnx.NodeProto],
