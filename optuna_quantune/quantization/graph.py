@@ -163,6 +163,25 @@ def refill(field: MutableSequence[AnyMessage], messages: Iterable[AnyMessage]) -
     field.extend(kept)
 
 
+def rename_tensors(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Gives tensors other names, in the graphs within its nodes, too.
+
+    Args:
+        graph: The graph; its inputs and outputs keep their names.
+        names: The new names by the old ones.
+    """
+    for node in graph.node:
+        for field in (node.input, node.output):
+            for position, name in enumerate(field):
+                field[position] = names.get(name, name)
+        for attribute in node.attribute:
+            if attribute.type in _GRAPHS:
+                for inner in (attribute.g, *attribute.graphs):
+                    rename_tensors(inner, names)
+    for message in (*graph.initializer, *graph.value_info):
+        message.name = names.get(message.name, message.name)
+
+
 def with_outputs(proto: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
     """A copy of a model that has these tensors, and no others, as outputs."""
     copy = copy_of(proto)

@@ -36,6 +36,7 @@ from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import sort_nodes
 from optuna_quantune.quantization.session import make_session
+from optuna_quantune.quantization.graph import rename_tensors
 
 
 WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -49,6 +50,17 @@ _BIASED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", *NORMALIZATION_OPS)
 MINIMUM_OPSET: Final = 13
 # Constants need not be inputs of the graph, too, since this version of the format.
 _IR_OF_FIXED_CONSTANTS: Final = 4
+# What ONNX Runtime's quantizer appends to the name of a tensor.
+_ADDED_SUFFIXES: Final = (
+    "_scale",
+    "_zero_point",
+    "_quantized",
+    "_quantized_scale",
+    "_quantized_zero_point",
+    "_QuantizeLinear_Input",
+    "_QuantizeLinear_Output",
+    "_DequantizeLinear_Output",
+)
 
 
 @dataclass(frozen=True)
@@ -264,6 +276,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             ) from error
     _remove_dead_nodes(proto.graph)
     _name_nodes(proto.graph)
+    _free_names(proto.graph, path)
     _separate_biases(proto.graph)
     _make_gemms_plain(proto.graph)
     return proto
@@ -319,6 +332,29 @@ def _declare_types(proto: onnx.ModelProto) -> None:
         if node.name in unknown and node.type.startswith("tensor("):
             dtype = onnx.TensorProto.DataType.Value(node.type[len("tensor(") : -1].upper())
             graph.value_info.append(helper.make_tensor_value_info(node.name, dtype, node.shape))
+def _free_names(graph: onnx.GraphProto, path: Path) -> None:
+    """Renames inner tensors whose names ONNX Runtime would make up for what it adds to others.
+
+    Raises:
+        InputError: If inputs or outputs have such names.
+    """
+    ends = {value.name for value in (*graph.input, *graph.output)}
+    names = dict.fromkeys([*ends, *(tensor.name for tensor in graph.initializer)])
+    names |= dict.fromkeys(name for node in graph.node for name in node.output if name)
+    renamed: dict[str, str] = {}
+    for name in names:
+        for suffix in _ADDED_SUFFIXES:
+            base = name.removesuffix(suffix)
+            if base == name or base not in names:
+                continue
+            chosen = next((n for n in (name, base) if n not in ends), None)
+            if chosen is None:
+                raise InputError(
+                    f"model {path}: {base!r} and {name!r} are both inputs or outputs, and the "
+                    f"quantized model would need the second name for the first; rename one"
+                )
+            renamed[chosen] = f"{chosen}__renamed"
+    rename_tensors(graph, renamed)
 
 
 def _separate_biases(graph: onnx.GraphProto) -> None:

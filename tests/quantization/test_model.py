@@ -166,6 +166,62 @@ def test_a_layer_that_no_output_needs_is_no_layer(tmp_path: Path) -> None:
     assert [layer.name for layer in load_float_model(path).layers] == ["layer"]
 
 
+@pytest.mark.parametrize(
+    "suffix", ["_scale", "_zero_point", "_quantized", "_QuantizeLinear_Output"]
+)
+def test_tensors_may_have_the_names_that_quantization_gives(tmp_path: Path, suffix: str) -> None:
+    """Even where a branch of an If reads one, and where the longer name is the input's."""
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(kind, [f"h{suffix}"], ["r"])],
+            name,
+            [],
+            [helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, None)],
+        )
+        for name, kind in (("then", "Relu"), ("else", "Neg"))
+    }
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", f"w{suffix}"], ["h"], name="first"),
+        helper.make_node("Gemm", ["h", "v"], [f"h{suffix}"], name="second"),
+        helper.make_node("ReduceMax", [f"h{suffix}"], ["most"], keepdims=0),
+        helper.make_node("Greater", ["most", "limit"], ["large"]),
+        helper.make_node("If", ["large"], ["f"], **branches),
+        helper.make_node("Gemm", ["f", "u"], ["y"], name="third"),
+    ]
+    rng = np.random.default_rng(0)
+    constants = {name: rng.standard_normal((4, 4)) for name in ("w", "v", "u")}
+    constants |= {f"w{suffix}": rng.standard_normal(4), "limit": np.array(0.5)}
+    path = save_graph(tmp_path, nodes, constants, [1, 4], [1, 4])
+    model = load_float_model(path)
+    x = rng.standard_normal((16, 4)).astype(np.float32)
+    statistics = calibrate(
+        model, ArrayInputs({"x": x}), required_activations(place(model)), sizes=["all"]
+    )
+    quantized = Quantizer(model, statistics).quantize(QuantizationConfig()).proto
+    found, expected = (
+        np.concatenate(
+            [
+                onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(
+                    None, {"x": one[None]}
+                )[0]
+                for one in x
+            ]
+        )
+        for data in (quantized.SerializeToString(), path.read_bytes())
+    )
+    assert np.square(found - expected).mean() < 1e-3 * np.square(expected).mean()
+
+
+def test_an_input_and_an_output_may_not_have_such_names(tmp_path: Path) -> None:
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], name="layer")
+    path = save_graph(tmp_path, [node], {"w": np.eye(4)}, [1, 4], [1, 4])
+    source = onnx.load(path)
+    source.graph.output[0].name = source.graph.node[0].output[0] = "x_scale"
+    onnx.save(source, path)
+    with pytest.raises(InputError, match="'x' and 'x_scale' are both inputs or outputs"):
+        load_float_model(path)
+
+
 def save_graph(
     folder: Path,
     nodes: list[onnx.NodeProto],
