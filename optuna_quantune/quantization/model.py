@@ -279,6 +279,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     _free_names(proto.graph, path)
     _separate_biases(proto.graph)
     _make_gemms_plain(proto.graph)
+    _make_pools_plain(proto.graph)
     return proto
 
 
@@ -410,6 +411,13 @@ def _make_gemms_plain(graph: onnx.GraphProto) -> None:
                 bias.CopyFrom(numpy_helper.from_array(flat, bias.name))
                 reshaped.add(bias.name)
     refill(graph.value_info, (value for value in graph.value_info if value.name not in reshaped))
+
+
+def _make_pools_plain(graph: onnx.GraphProto) -> None:
+    """Takes dilations that are none off each AveragePool: the integer kernel knows no dilations."""
+    for node in graph.node:
+        if node.op_type == "AveragePool" and set(attribute_of(node, "dilations", ())) == {1}:
+            refill(node.attribute, (a for a in node.attribute if a.name != "dilations"))
 
 
 @contextlib.contextmanager

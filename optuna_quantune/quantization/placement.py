@@ -9,7 +9,8 @@ each. So it takes 0.3 s for MobileNetV2 instead of 1.4, and filling a few hundre
 A Resize that interpolates is kept in float between its pairs: `quantize_static` would give its
 result the range of its input, which cubic interpolation leaves (14 dB of a small net), and ONNX
 Runtime's integer kernel rounds down and is slower than the float one. So is an AveragePool with
-``ceil_mode`` and ``count_include_pad``, where the integer kernel divides by other numbers (25 dB).
+``ceil_mode`` and ``count_include_pad``, where the integer kernel divides by other numbers (25 dB),
+and one with dilations, which it does not know.
 
 Nodes that stay in float lose their pairs afterwards (`keep_float`), as with the option
 ``nodes_to_exclude``, but for three things in which that loses accuracy or time: a float node reads
@@ -359,7 +360,7 @@ def _always_float(graph: onnx.GraphProto) -> frozenset[str]:
         node.name
         for node in graph.node
         if _interpolates(node)
-        or _averages_beyond(node)
+        or _has_no_integer_average(node)
         or _has_odd_bias(node, constants)
         or infinite.intersection(node.input)
     )
@@ -377,13 +378,12 @@ def _has_odd_bias(node: onnx.NodeProto, constants: Set[str]) -> bool:
     return grouped or node.input[1] not in constants
 
 
-def _averages_beyond(node: onnx.NodeProto) -> bool:
-    """Whether windows of an AveragePool can stand out from what is counted."""
-    return (
-        node.op_type == "AveragePool"
-        and bool(attribute_of(node, "ceil_mode", 0))
-        and bool(attribute_of(node, "count_include_pad", 0))
-    )
+def _has_no_integer_average(node: onnx.NodeProto) -> bool:
+    """Whether windows of an AveragePool are dilated, or can stand out from what is counted."""
+    if node.op_type != "AveragePool":
+        return False
+    beyond = attribute_of(node, "ceil_mode", 0) and attribute_of(node, "count_include_pad", 0)
+    return bool(beyond or attribute_of(node, "dilations"))
 
 
 def _shielded(nodes: Sequence[onnx.NodeProto], float_nodes: Set[str]) -> list[onnx.NodeProto]:
@@ -400,7 +400,9 @@ def _shielded(nodes: Sequence[onnx.NodeProto], float_nodes: Set[str]) -> list[on
     for node in nodes:
         if (
             node.name in float_nodes
-            and (node.op_type in ("Conv", "ConvTranspose", "Gemm") or _averages_beyond(node))
+            and (
+                node.op_type in ("Conv", "ConvTranspose", "Gemm") or _has_no_integer_average(node)
+            )
             and node.input[0] in dequantized
         ):
             name = f"{node.name}_float_input"

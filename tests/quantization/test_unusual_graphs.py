@@ -71,6 +71,22 @@ def average_beyond_the_border() -> Case:
     return nodes, weights(w=(8, 3, 3, 3), b=(8,), w2=(6, 8, 1, 1))
 
 
+def dilated_average(*dilations: int) -> Callable[[], Case]:
+    """As opset 19 knows them, unlike ONNX Runtime's integer kernel."""
+
+    def case() -> Case:
+        nodes = [
+            make("Conv", ["x", "w", "b"], ["a"], "first", pads=[1] * 4),
+            make(
+                "AveragePool", ["a"], ["p"], "pool", kernel_shape=[2, 2], dilations=list(dilations)
+            ),
+            make("Conv", ["p", "w2"], ["y"], "last"),
+        ]
+        return nodes, weights(w=(8, 3, 3, 3), b=(8,), w2=(6, 8, 1, 1))
+
+    return case
+
+
 def moved_through_the_batch() -> Case:
     """A Reshape that has no channel shuffle in it, though it reads like one."""
     nodes = [
@@ -285,6 +301,8 @@ AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], stride
         (computed_clip, "cpu", [{}]),
         (computed_clip, "arm64", [{}]),
         (average_beyond_the_border, "cpu", [{}, {"float_layers": 2}]),
+        (dilated_average(1, 1), "arm64", [{}]),
+        (dilated_average(2, 2), "arm64", [{}]),
         (moved_through_the_batch, "cpu", [{}]),
         (computed_slope, "cpu", [{}, {"equalization": True}]),
         (small_weights_of_large_inputs, "cpu", [{"float_layers": 2, "zero_dead_weights": True}]),
@@ -398,6 +416,10 @@ def save(
     if not model.graph.output[0].type.tensor_type.HasField("shape"):  # behind an own operator
         model.graph.output[0].CopyFrom(value("y", TensorProto.FLOAT, [1, 6, SIZE, SIZE]))
     onnx.save(model, path)
+    dilated = any(n.op_type == "AveragePool" and "dilations" in str(n) for n in nodes)
+    opset = helper.make_opsetid("", 19 if dilated else 17)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
     return path
 
 
