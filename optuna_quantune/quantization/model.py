@@ -414,7 +414,7 @@ def _make_gemms_plain(graph: onnx.GraphProto) -> None:
 
 
 def _make_pools_plain(graph: onnx.GraphProto) -> None:
-    """Takes dilations that are none off each AveragePool: the integer kernel knows no dilations."""
+    """Takes dilations of 1 off each AveragePool, whose integer kernel knows no dilations."""
     for node in graph.node:
         if node.op_type == "AveragePool" and set(attribute_of(node, "dilations", ())) == {1}:
             refill(node.attribute, (a for a in node.attribute if a.name != "dilations"))

@@ -51,6 +51,7 @@ from optuna_quantune.quantization.representation import DEFAULT_REPRESENTATION
 from optuna_quantune.quantization.representation import Representation
 from optuna_quantune.quantization.scheme import choose_parameters
 from optuna_quantune.quantization.scheme import QuantizationParameters
+from optuna_quantune.quantization.scheme import refine_empty
 from optuna_quantune.quantization.scheme import widen_for_bias
 from optuna_quantune.quantization.weight_clipping import least_error_range
 from optuna_quantune.quantization.weight_rounding import WeightRounding
@@ -361,7 +362,8 @@ class Quantizer:
             low, high = self._least_error_range(site.tensor, axis, scheme)
         else:
             low, high = _extremes(self._values(site, config), axis)
-        return choose_parameters(low, high, scheme, **self._weight_integers)
+        parameters = choose_parameters(low, high, scheme, **self._weight_integers)
+        return refine_empty(parameters, low, high)
 
     def _values(self, site: ConstantSite, config: QuantizationConfig) -> NDArray[Any]:
         """The float values that a constant's integers stand for."""

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
 from optuna_quantune.quantization.config import Scheme
+
+
+# Steps of a weight of zeros: finer than those that 31 bits of a bias of any use ask for.
+_FINE: Final = 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,27 @@ def choose_parameters(
     return QuantizationParameters(
         scale.astype(np.float32), zero_point.astype(np.int32), bits, narrow
     )
+
+
+def refine_empty(
+    weight: QuantizationParameters, low: NDArray[Any], high: NDArray[Any]
+) -> QuantizationParameters:
+    """Gives the channels of a weight that hold nothing but zeros the finest steps of the others.
+
+    Their own are of no use to the weight, and the steps of the bias are multiples of them. Where
+    there are no others, the bias decides alone (`widen_for_bias`).
+
+    Args:
+        weight: Parameters of the weight.
+        low: Smallest value of each channel or of all.
+        high: Largest value.
+    """
+    empty = (np.asarray(low) == 0.0) & (np.asarray(high) == 0.0)
+    if not empty.any():
+        return weight
+    finest = weight.scale[~empty].min(initial=np.inf) if weight.scale.ndim else np.inf
+    steps = np.where(empty, finest if np.isfinite(finest) else _FINE, weight.scale)
+    return dataclasses.replace(weight, scale=steps.astype(np.float32))
 
 
 def widen_for_bias(

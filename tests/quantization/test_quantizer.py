@@ -284,6 +284,29 @@ def test_a_float_bias_enlarges_it_too(
     assert np.all(np.abs(model.weights["project.bias"]) < 2.0**31 * step)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_bias_of_weights_that_are_zero_keeps_its_value(
+    float_model: FloatModel, toy_statistics: CalibrationStatistics, granularity: str
+) -> None:
+    """A pruned channel, and a whole pruned layer; their own ranges say nothing of steps."""
+    pruned = {name: float_model.weights[name].copy() for name in ("project.weight", "stem.weight")}
+    pruned["project.weight"][3] = 0.0
+    pruned["stem.weight"][:] = 0.0
+    proto = onnx.ModelProto()
+    proto.CopyFrom(float_model.proto)
+    for tensor in proto.graph.initializer:
+        if tensor.name in pruned:
+            tensor.CopyFrom(numpy_helper.from_array(pruned[tensor.name], tensor.name))
+    model = dataclasses.replace(float_model, proto=proto, weights=float_model.weights | pruned)
+    for scheme in ("asymmetric", "symmetric_power2"):
+        graph = build(Quantizer(model, toy_statistics), granularity=granularity, scheme=scheme)
+        for bias, kept in (("project.bias", 3), ("stem.bias", slice(None))):
+            integers, scale, *_ = graph.constants[bias]
+            np.testing.assert_allclose(
+                (integers * scale)[kept], model.weights[bias][kept], rtol=1e-2
+            )
+
+
 def test_relu_and_clip_go_only_where_saturation_does_their_work(quantizer: Quantizer) -> None:
     assert not {"Relu", "Clip"} & set(build(quantizer, scheme="asymmetric").operators())
     assert not {"Relu", "Clip"} & set(build(quantizer, scheme="symmetric_uint8").operators())
