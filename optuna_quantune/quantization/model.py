@@ -277,6 +277,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     _remove_dead_nodes(proto.graph)
     _name_nodes(proto.graph)
     _free_names(proto.graph, path)
+    _separate_weights(proto.graph)
     _separate_biases(proto.graph)
     _make_gemms_plain(proto.graph)
     _make_pools_plain(proto.graph)
@@ -356,6 +357,30 @@ def _free_names(graph: onnx.GraphProto, path: Path) -> None:
                 )
             renamed[chosen] = f"{chosen}__renamed"
     rename_tensors(graph, renamed)
+
+
+def _separate_weights(graph: onnx.GraphProto) -> None:
+    """Gives layers that read the same weight along different axes, or in other groups, one each.
+
+    A matrix and its transpose, say: their output channels are not the same values.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    names: dict[tuple[str, str, int, int], str] = {}
+    taken: set[str] = set()
+    for node in graph.node:
+        weight = constants.get(node.input[1]) if len(node.input) > 1 else None
+        if node.op_type not in WEIGHTED_OPS or weight is None:
+            continue
+        axis, groups = _channel_axis(node, len(weight.dims)), attribute_of(node, "group", 1)
+        way = weight.name, node.op_type, axis, groups
+        if way not in names:
+            names[way] = weight.name
+            if weight.name in taken:
+                copy = graph.initializer.add()
+                copy.CopyFrom(weight)
+                names[way] = copy.name = f"{weight.name}__of__{node.name}"
+            taken.add(weight.name)
+        node.input[1] = names[way]
 
 
 def _separate_biases(graph: onnx.GraphProto) -> None:

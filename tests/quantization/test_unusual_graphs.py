@@ -186,6 +186,20 @@ def transposed_input() -> Case:
     return nodes, weights(w=(3, 8), w2=(8, 6)) | {"flat": np.array([3, -1])}
 
 
+def one_weight_in_two_ways() -> Case:
+    """Of a depthwise convolution, and of a dense one that has a single channel to read."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Conv", ["a", "d", "e"], ["c"], "depth", group=8, pads=[1] * 4),
+        make("Conv", ["c", "v"], ["s"], "narrow"),
+        make("Conv", ["s", "d"], ["t"], "dense"),
+        make("Conv", ["t", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), d=(8, 1, 3, 3), e=(8,), v=(1, 8, 1, 1)) | (
+        weights(w2=(6, 8, 1, 1))
+    )
+
+
 def computed_weights() -> Case:
     nodes = [
         make("Conv", ["x", "w"], ["a"], "first"),
@@ -311,6 +325,7 @@ AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], stride
         (shuffled_before(AVERAGED), "cpu", [{}, {"mixed_precision": "first_last"}]),
         (split_output, "cpu", [{}, {"equalization": True}]),
         (transposed_input, "cpu", [{}, {"bias_correction": True}]),
+        (one_weight_in_two_ways, "cpu", [{}, {"weight_rounding": "compensated"}]),
         (computed_weights, "cpu", [{}, {"granularity": "tensor"}]),
         (grouped_transposed_convolution, "cpu", [{}, {"granularity": "tensor"}]),
         (single_number, "cpu", [{}]),
