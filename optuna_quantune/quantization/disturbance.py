@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from onnx import TensorProto
 
+from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.graph import reads
@@ -201,7 +202,10 @@ class _ChangedLayers:
         self._threads = threads
         graph = model.proto.graph
         self._constants = {tensor.name for tensor in graph.initializer}
-        self._types = {value.name: value for value in (*graph.input, *graph.value_info)}
+        self._types = {
+            value.name: _with_free_space(value, graph)
+            for value in (*graph.input, *graph.value_info)
+        }
         self.inputs = self._read(changes)
         self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
 
@@ -387,11 +391,25 @@ def behind(
     proto = _assemble(
         model,
         nodes,
-        [*(types[name] for name in begins), *inputs],
+        [*(_with_free_space(types[name], graph) for name in begins), *inputs],
         [value for value in graph.output if value.name in written],
         model.weights if declared else {},
     )
     return proto, begins
+
+
+def _with_free_space(value: onnx.ValueInfoProto, graph: onnx.GraphProto) -> onnx.ValueInfoProto:
+    """A tensor's type without the sizes of images where they may be wrong.
+
+    Shape inference counts windows of a pool with ``ceil_mode`` that begin beyond the image, too;
+    ONNX Runtime's kernels leave those out.
+    """
+    if not any(attribute_of(node, "ceil_mode") for node in graph.node):
+        return value
+    free = copy_of(value)
+    for dimension in free.type.tensor_type.shape.dim[2:]:
+        dimension.Clear()
+    return free
 
 
 def _assemble(

@@ -87,6 +87,19 @@ def dilated_average(*dilations: int) -> Callable[[], Case]:
     return case
 
 
+def window_beyond_the_image() -> Case:
+    """The last of a pool, which shape inference counts and ONNX Runtime leaves out."""
+    pool = {"kernel_shape": [1, 1], "strides": [2, 2], "ceil_mode": 1}
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("MaxPool", ["a"], ["p"], "pool", **pool),
+        make("Conv", ["p", "v"], ["c"], "second"),
+        make("Relu", ["c"], ["r"], "relu"),
+        make("Conv", ["r", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), v=(8, 8, 1, 1), w2=(6, 8, 1, 1))
+
+
 def moved_through_the_batch() -> Case:
     """A Reshape that has no channel shuffle in it, though it reads like one."""
     nodes = [
@@ -315,6 +328,7 @@ AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], stride
         (computed_clip, "cpu", [{}]),
         (computed_clip, "arm64", [{}]),
         (average_beyond_the_border, "cpu", [{}, {"float_layers": 2}]),
+        (window_beyond_the_image, "cpu", [{}]),
         (dilated_average(1, 1), "arm64", [{}]),
         (dilated_average(2, 2), "arm64", [{}]),
         (moved_through_the_batch, "cpu", [{}]),
