@@ -88,6 +88,9 @@ def make_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what fails is raised here
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    # A layer with 16-bit activations is computed with float ones, and not with 8-bit ones that
+    # ONNX Runtime makes of them (its default, 4, for MatMulNBits).
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
 
     def load() -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(

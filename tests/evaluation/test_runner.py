@@ -283,6 +283,38 @@ def test_int8_before_a_reshape_is_loaded_in_the_latest_operator_sets() -> None:
         np.testing.assert_allclose(y[0], exact / exact.sum(), rtol=1e-4)
 
 
+def test_16_bit_activations_stay_16_bit_in_a_matrix_product() -> None:
+    """ONNX Runtime 1.32 would round them to 8 bits on the way."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 127, (64, 16)).astype(np.int8)
+    constants = {
+        "w": weight,
+        "ws": np.float32(0.01),
+        "wz": np.int8(0),
+        "s": np.float32(1e-4),
+        "z": np.uint16(32768),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["v"]),
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], domain="com.microsoft"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], domain="com.microsoft"),
+        helper.make_node("MatMul", ["d", "v"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [tensor("x", "batch", 64)],
+        [tensor("y", "batch", 16)],
+        [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    x = rng.uniform(-3.0, 3.0, (8, 64)).astype(np.float32)
+    (y,) = make_session(model.SerializeToString()).run(None, {"x": x})
+    exact = x @ (weight.astype(np.float32) * np.float32(0.01))
+    assert np.abs(y - exact).max() < 1e-4 * 64
+
+
 def test_an_execution_provider_that_is_not_there_is_an_error() -> None:
     with pytest.raises(InputError, match="NoSuchProvider is not in this ONNX Runtime"):
         make_session(linear_model(), providers=["NoSuchProvider", "CPUExecutionProvider"])
