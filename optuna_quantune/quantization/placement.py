@@ -220,6 +220,8 @@ def keep_float(placement: Placement, model: FloatModel, float_nodes: Sequence[st
                 node.input[position] = instead.get(source, source)
             elif name in pairs.constants and node.name in pairs.float_nodes:
                 node.input[position] = float_constants[pairs.constants[name].input[0]]
+            elif name in instead:  # what is never quantized reads it already
+                node.input[position] = instead[name]
         for position, name in enumerate(node.output):
             node.output[position] = instead.get(name, name)
     kept = [node for node in graph.node if id(node) not in unused]

@@ -27,6 +27,7 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.placement import keep_float
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.quantizer import Quantizer
 
@@ -397,6 +398,30 @@ def test_two_channels_of_each_weight_tell_where_the_pairs_go(
         whole.template.SerializeToString(deterministic=True)
     )
     assert (found.activations, found.constants) == (whole.activations, whole.constants)
+
+
+def test_a_float_output_may_be_read_by_what_is_never_quantized(tmp_path: Path) -> None:
+    """A Min reads what stands before the pair of the output as long as there is one."""
+    images = [1, 3, 4, 4]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["a"], "first"),
+            helper.make_node("Tanh", ["a"], ["y"], "output"),
+            helper.make_node("Min", ["y", "y"], ["m"], "reader"),
+            helper.make_node("Conv", ["y", "w"], ["z"], "last"),
+        ],
+        "outputs",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, images)],
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, images) for name in "myz"],
+        [numpy_helper.from_array(np.ones((3, 3, 1, 1), dtype=np.float32), "w")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(proto, tmp_path / "model.onnx")
+    model = load_float_model(tmp_path / "model.onnx")
+    kept = keep_float(place(model), model, ["first", "last"]).template.graph
+    written = {name for node in kept.node for name in node.output}
+    (reader,) = (node for node in kept.node if node.name == "reader")
+    assert set(reader.input) <= written
 
 
 def test_a_model_without_integer_kernels_is_refused(tmp_path: Path) -> None:
