@@ -34,9 +34,9 @@ from optuna_quantune.quantization.graph import is_sorted
 from optuna_quantune.quantization.graph import opset_of
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
+from optuna_quantune.quantization.graph import rename_tensors
 from optuna_quantune.quantization.graph import sort_nodes
 from optuna_quantune.quantization.session import make_session
-from optuna_quantune.quantization.graph import rename_tensors
 
 
 WEIGHTED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -334,6 +334,8 @@ def _declare_types(proto: onnx.ModelProto) -> None:
         if node.name in unknown and node.type.startswith("tensor("):
             dtype = onnx.TensorProto.DataType.Value(node.type[len("tensor(") : -1].upper())
             graph.value_info.append(helper.make_tensor_value_info(node.name, dtype, node.shape))
+
+
 def _free_names(graph: onnx.GraphProto, path: Path) -> None:
     """Renames inner tensors whose names ONNX Runtime would make up for what it adds to others.
 

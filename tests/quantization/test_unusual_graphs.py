@@ -439,16 +439,14 @@ def save(
         [value("y", TensorProto.FLOAT, None), *others],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    dilated = any(n.op_type == "AveragePool" and "dilations" in str(n) for n in nodes)
+    opset = helper.make_opsetid("", 19 if dilated else 17)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
     import_own_domain(model)
     model = onnx.shape_inference.infer_shapes(model)
     if not model.graph.output[0].type.tensor_type.HasField("shape"):  # behind an own operator
         model.graph.output[0].CopyFrom(value("y", TensorProto.FLOAT, [1, 6, SIZE, SIZE]))
     onnx.save(model, path)
-    dilated = any(n.op_type == "AveragePool" and "dilations" in str(n) for n in nodes)
-    opset = helper.make_opsetid("", 19 if dilated else 17)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    onnx.save(onnx.shape_inference.infer_shapes(model), path)
     return path
 
 
