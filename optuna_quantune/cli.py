@@ -42,6 +42,7 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.lint import lint_model
 from optuna_quantune.quantization.lint import lint_quantized
+from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.quantized_graph import load_quantized
 from optuna_quantune.report.console import config_lines
@@ -57,6 +58,7 @@ from optuna_quantune.report.console import trials_table
 from optuna_quantune.report.progress import ProgressBars
 from optuna_quantune.selection import Preference
 from optuna_quantune.space import SearchSpace
+from optuna_quantune.target import Target
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
 
@@ -389,7 +391,7 @@ def quantize_command(
         quantized = objective.quantize(chosen).proto
         write_model(quantized, path)
     click.echo(f"wrote {path} ({figure(Path(path).stat().st_size / 1e6)} MB)")
-    _warn(lint_quantized(quantized, float_model=objective.model))
+    _warn(_findings(quantized, objective.model, objective.target))
 
 
 @cli.command("inspect")
@@ -487,7 +489,7 @@ def _tune(
         )
     _print_result(console, result)
     if result.path is not None:
-        _warn(lint_quantized(onnx.load(result.path), float_model=result.float_model))
+        _warn(_findings(onnx.load(result.path), result.float_model, result.target))
 
 
 def _print_result(console: Console, result: TuningResult) -> None:
@@ -505,6 +507,14 @@ def _print_result(console: Console, result: TuningResult) -> None:
 def _print_findings(console: Console, findings: Sequence[Finding]) -> None:
     lines = finding_lines(findings) or ["Nothing stands out."]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _findings(
+    quantized: onnx.ModelProto, float_model: FloatModel, target: Target
+) -> list[Finding]:
+    """What is wrong with a model for a target: only what runs here minds this processor."""
+    vnni = None if target.measures_latency else True
+    return lint_quantized(quantized, float_model=float_model, vnni=vnni)
 
 
 def _warn(findings: Sequence[Finding]) -> None:

@@ -21,6 +21,7 @@ from onnxruntime.quantization import quantize_static
 from onnxruntime.quantization import QuantType
 from PIL import Image
 
+from optuna_quantune import target
 from optuna_quantune.cli import main
 from optuna_quantune.quantization import lint
 from optuna_quantune.quantization.quantizer import CONFIG_KEY
@@ -137,6 +138,7 @@ def test_inspect_shows_the_findings_of_a_float_and_of_a_quantized_model(
     assert call(folder, "inspect", "spread.onnx", monkeypatch=monkeypatch) == 0
     assert "[wide-channel-spread]" in capsys.readouterr().out
 
+    monkeypatch.setattr(lint, "detect_vnni", lambda: True)
     for symmetric, expected in ((False, "Nothing stands out."), (True, "[lost-activation]")):
         reader = SingleBatch(np.random.default_rng(0).standard_normal((8, 3, 16, 16)))
         options = {"CalibTensorRangeSymmetric": symmetric}
@@ -157,12 +159,16 @@ def test_quantize_and_tune_warn_of_the_model_that_they_wrote(
 ) -> None:
     arguments = ("quantize", "model.onnx", "--config", "{}", "--calibration", "images")
     recipe = ("--preprocessing", "recipe.json")
+    monkeypatch.setattr(target, "detect_vnni", lambda: True)  # 8-bit weights on any processor
     for vnni, warned in ((True, False), (None, False), (False, True)):
         monkeypatch.setattr(lint, "detect_vnni", lambda vnni=vnni: vnni)
         assert call(folder, *arguments, *recipe, monkeypatch=monkeypatch) == 0
         lines = capsys.readouterr().err.splitlines()
         assert any(line.startswith("warning: layers 'stem'") for line in lines) == warned
         assert any("[saturating-int8]" in line for line in lines) == warned
+    # Another device has other products, whatever this processor does.
+    assert call(folder, *arguments, *recipe, "--target", "qnn", monkeypatch=monkeypatch) == 0
+    assert "saturating" not in capsys.readouterr().err
     # Whichever trial is the fastest, its model has layers that may saturate.
     space = {"scheme": ["asymmetric"], "calibration_images": [8, "all"]}
     (folder / "space.json").write_text(json.dumps(space))

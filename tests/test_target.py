@@ -161,6 +161,17 @@ def test_an_objective_for_vta_builds_integer_only_models(
         objective.quantize(QuantizationConfig())
 
 
+def test_models_of_other_devices_do_not_saturate_on_this_processor(
+    toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    key = "session.x64quantprecision"
+    for target, exact in (("qnn", "1"), ("vta", "1"), ("cpu", "0")):
+        preset = "vta" if target == "vta" else "quantune"
+        evaluator = objective_for(target, toy_model, toy_inputs, preset)._evaluator
+        options = evaluator._session(toy_model).get_session_options()
+        assert options.get_session_config_entry(key) == exact
+
+
 def test_a_bound_on_latency_needs_a_device_that_can_be_timed(
     toy_model: Path, toy_inputs: NDArray[np.float32]
 ) -> None:

@@ -83,6 +83,8 @@ class Evaluator:
         compares_outputs: Whether models are run on `inputs`; if not, the user's own loop is all
             that is measured, and one input is there for the latency.
         providers: ONNX Runtime execution providers in order of preference.
+        exact_products: Whether models are for another device than this processor, whose
+            saturation must not count.
         threads: Threads of one inference when latency is measured; None is all cores.
         batch_size: Inputs that are run at a time; None chooses.
         progress: Called with the stage, the items done and the items in all.
@@ -99,6 +101,7 @@ class Evaluator:
         metric: ChosenMetric,
         compares_outputs: bool,
         providers: Sequence[Provider],
+        exact_products: bool,
         threads: int | None,
         batch_size: int | None,
         progress: Progress,
@@ -111,6 +114,7 @@ class Evaluator:
         self._metric = metric
         self._compares_outputs = compares_outputs
         self._providers = providers
+        self._exact_products = exact_products
         self._threads = threads
         self._given_batch_size = batch_size
         self._progress = progress
@@ -324,7 +328,12 @@ class Evaluator:
         if model == self._float_model and "_float_session" in self.__dict__:
             return self._float_session
         threads = 1 if self._metric.loop is None else self._threads
-        return make_session(model, threads=threads, providers=self._providers)
+        return make_session(
+            model,
+            threads=threads,
+            providers=self._providers,
+            exact_products=self._exact_products,
+        )
 
 
 def _joined(name: str, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:

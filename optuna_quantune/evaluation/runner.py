@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,19 @@ DEFAULT_BATCH_SIZE = 4
 # up in another order, on some devices with few bits.
 _SAME = 1e-2
 
+# Adds uint8 x int8 products in int32 on every x86-64 processor.
+_EXACT_PRODUCTS = "session.x64quantprecision"
+# What a model is loaded with that ONNX Runtime 1.32 refuses because of its own optimizations.
+_WAYS_OUT: tuple[dict[str, int], ...] = (
+    # On x86-64 it makes int8 activations uint8, which is faster. From opset 21 on it refuses its
+    # own result where a Reshape, Transpose or MaxPool stands between a pair and a float node
+    # ("output_dtype INT8 does not match y_zero_point type UINT8").
+    {"session.qdqisint8allowed": 1},
+    # Widening a weight that two layers share fails ("Attempt to replace the existing tensor").
+    # In float, what is between the pairs does not saturate either.
+    {_EXACT_PRODUCTS: 0, "session.disable_quant_qdq": 1},
+)
+
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -61,6 +75,7 @@ def make_session(
     threads: int | None = 1,
     providers: Sequence[Provider] = ("CPUExecutionProvider",),
     spinning: bool = False,
+    exact_products: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Load a model into ONNX Runtime.
 
@@ -74,6 +89,9 @@ def make_session(
             With two threads on two idle cores SqueezeNet took 3.0 ms with it and 5.4 ms without,
             but with other work on the machine twice as long as without: sessions that run side by
             side must not spin.
+        exact_products: Add uint8 x int8 products in int32 on any processor
+            (``session.x64quantprecision``). x86-64 ones without VNNI add them in pairs in int16,
+            where they saturate, which the models of other devices do not know.
 
     Raises:
         InputError: The file is missing or is not a model that ONNX Runtime can run, or a
@@ -83,29 +101,33 @@ def make_session(
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise InputError(f"{name}: no such model file")
     check_providers(providers)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; what fails is raised here
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    # A layer with 16-bit activations is computed with float ones, and not with 8-bit ones that
-    # ONNX Runtime makes of them (its default, 4, for MatMulNBits).
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    entries = {
+        "session.intra_op.allow_spinning": spinning,
+        # A layer with 16-bit activations is computed with float ones, and not with 8-bit ones that
+        # ONNX Runtime makes of them (its default, 4, for MatMulNBits).
+        "session.qdq_matmulnbits_accuracy_level": 1,
+        _EXACT_PRODUCTS: exact_products,
+    }
 
-    def load() -> onnxruntime.InferenceSession:
+    def load(entries: Mapping[str, int]) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors; what fails is raised here
+        for entry, value in entries.items():
+            options.add_session_config_entry(entry, str(int(value)))
         return onnxruntime.InferenceSession(
             model, options, providers=list(providers), enable_fallback=0
         )
 
     try:
-        return load()
+        return load(entries)
     except Exception as error:  # ONNX Runtime's errors share no narrower type
-        # On x86-64 it makes int8 activations uint8, which is faster. From opset 21 on it refuses
-        # its own result where a Reshape, Transpose or MaxPool stands between a pair and a float
-        # node (1.32: "output_dtype INT8 does not match y_zero_point type UINT8").
-        options.add_session_config_entry("session.qdqisint8allowed", "1")
-        with contextlib.suppress(Exception):
-            return load()
+        for way_out in _WAYS_OUT:
+            with contextlib.suppress(Exception):
+                # Without exact products there is nothing to compute in float instead.
+                if exact_products or _EXACT_PRODUCTS not in way_out:
+                    return load({**entries, **way_out})
         raise InputError(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
 
 

@@ -23,6 +23,7 @@ from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.evaluation.runner import run
 from optuna_quantune.evaluation.runner import why_one_at_a_time
+from optuna_quantune.quantization.processor import saturates
 
 
 WEIGHT = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
@@ -281,6 +282,54 @@ def test_int8_before_a_reshape_is_loaded_in_the_latest_operator_sets() -> None:
         (y,) = session.run(None, {"x": np.arange(-3.0, 3.0, dtype=np.float32).reshape(1, 2, 3)})
         exact = np.exp(np.arange(6.0))
         np.testing.assert_allclose(y[0], exact / exact.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("operator", ["MatMul", "Conv"])
+def test_exact_products_do_not_saturate_on_any_processor(operator: str, shared: bool) -> None:
+    """Without them an AVX2 processor adds pairs of products in int16: half of the sum is left."""
+    size, tail = 64, [1, 1] if operator == "Conv" else []
+    shape = [8, size, *tail] if operator == "Conv" else [size, 8]
+    constants = {
+        "w": np.full(shape, 127, dtype=np.int8),
+        "ws": np.float32(1.0),
+        "wz": np.int8(0),
+        "s": np.float32(1.0),
+        "z": np.uint8(0),
+        "ys": np.float32(255.0 * 127 * size / 200),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["v"]),
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node(operator, ["d", "v"], ["p"]),
+        helper.make_node("QuantizeLinear", ["p", "ys", "z"], ["pq"]),
+        helper.make_node("DequantizeLinear", ["pq", "ys", "z"], ["y"]),
+    ]
+    outputs = ["y"]
+    if shared:  # a second layer with the same weight, which ONNX Runtime cannot widen twice
+        again = {"q": "q2", "d": "d2", "p": "p2", "pq": "pq2", "y": "y2", "s": "ys"}
+        nodes += [
+            helper.make_node(
+                node.op_type, [again.get(n, n) for n in node.input], [again[node.output[0]]]
+            )
+            for node in nodes[1:]
+        ]
+        outputs.append("y2")
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [tensor("x", "batch", size, *tail)],
+        [tensor(name, "batch", 8, *tail) for name in outputs],
+        [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()],
+    )
+    opset = helper.make_opsetid("", 13)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
+    largest = {"x": np.full((4, size, *tail), 255.0, dtype=np.float32)}
+    y = make_session(model, exact_products=True).run(["y"], largest)[0]
+    np.testing.assert_allclose(y, 255.0 * 127 * size, rtol=1e-6)
+    y = make_session(model).run(["y"], largest)[0]
+    assert (y.max() < 0.6 * 255.0 * 127 * size) == saturates()
 
 
 def test_16_bit_activations_stay_16_bit_in_a_matrix_product() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from optuna_quantune.quantization.quantizer import required_activations
 from optuna_quantune.quantization.weight_rounding import WeightRounding
 
 
-Run = Callable[[onnx.ModelProto, NDArray[np.float32]], NDArray[np.float32]]
+Run = Callable[..., NDArray[np.float32]]
 MakeQuantizer = Callable[[FloatModel, NDArray[np.float32]], Quantizer]
 
 
@@ -34,11 +35,25 @@ def statistics_of(model: FloatModel, inputs: NDArray[np.float32]) -> Calibration
     return calibrate(model, ArrayInputs({"input": inputs}), tensors, sizes=(1, 32, "all"))
 
 
-def _run(proto: onnx.ModelProto, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+def _run(
+    proto: onnx.ModelProto,
+    inputs: NDArray[np.float32],
+    *,
+    without_optimizers: Sequence[str] = (),
+) -> NDArray[np.float32]:
+    def make_session(*, exact: bool) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.x64quantprecision", str(int(exact)))
+        return onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, disabled_optimizers=list(without_optimizers)
+        )
+
+    try:
+        session = make_session(exact=True)  # what the pairs say, on processors without VNNI, too
+    except onnxruntime.capi.onnxruntime_pybind11_state.Fail:  # where layers share a weight
+        session = make_session(exact=False)
     outputs: NDArray[np.float32] = session.run(None, {"input": inputs})[0]
     return outputs
 
