@@ -11,8 +11,8 @@ run in three ways, with one thread:
 - `8 bits, exact`: the same model with ``session.x64quantprecision``, for which ONNX Runtime widens
   weights to uint8 when it loads the model. So `QuantizationObjective` evaluates models of devices
   whose arithmetic is computed on this processor;
-- `7 bits`: weights of 7 bits, which cannot saturate, in a session as it comes: what the target
-  `cpu` writes here.
+- `7 bits`: weights of 7 bits but in depthwise convolutions, whose kernel does not add in pairs, in
+  a session as it comes: what the target `cpu` writes here.
 
 Agreement with the float model on inputs that calibration did not see, output SQNR, and batch-1
 latency over the float model's. Results: `benchmarks/results/saturation/`.

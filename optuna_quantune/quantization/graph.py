@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import MutableSequence
+from collections.abc import Sequence
 from typing import Any
 from typing import Final
 from typing import TypeVar
@@ -129,6 +130,14 @@ def import_own_domain(proto: onnx.ModelProto) -> None:
 def groups_of(conv: onnx.NodeProto) -> int:
     """The groups of a convolution's channels."""
     return int(attribute_of(conv, "group", 1))
+
+
+def is_depthwise(weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether a convolution has one input and one output channel in each of several groups.
+
+    ONNX Runtime's integer kernel for these adds products one by one, so that none saturate.
+    """
+    return tuple(weight_shape[:2]) == (groups, 1) and groups > 1
 
 
 def constant_values(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import groups_of
+from optuna_quantune.quantization.graph import is_depthwise
 from optuna_quantune.quantization.graph import PAIR_OPS
 from optuna_quantune.quantization.node_time import CHANNELS_AT_ONCE
 from optuna_quantune.quantization.node_time import fastest_groups
@@ -131,9 +132,14 @@ def make_few_dense(graph: Rewriting, depthwise: onnx.NodeProto) -> None:
     operands, channels = _operands(graph, depthwise), groups_of(depthwise)
     if operands is None or len(operands[0]) == 1 or channels == 1:
         return
-    odd = channels % _EIGHT != 0 and channels <= _FEW_CHANNELS
-    if odd and graph.values(operands[0][0]).shape[:2] == (channels, 1):
+    shape = graph.values(operands[0][0]).shape
+    if is_few_and_odd(channels) and is_depthwise(shape, channels):
         _write_zeros_between(graph, depthwise, operands[0])
+
+
+def is_few_and_odd(channels: int) -> bool:
+    """Whether an integer depthwise convolution of so many channels is made dense."""
+    return channels % _EIGHT != 0 and channels <= _FEW_CHANNELS
 
 
 def _is_beside_odd_channels(graph: Rewriting, conv: onnx.NodeProto) -> bool:
@@ -268,8 +274,8 @@ def _missing_channels(graph: Rewriting, conv: onnx.NodeProto) -> int:
     operands = _operands(graph, conv)
     if operands is None:
         return 0
-    channels, inputs = graph.values(operands[0][0]).shape[:2]
-    if channels == 1 or inputs != 1 or groups_of(conv) != channels:
+    shape, channels = graph.values(operands[0][0]).shape, groups_of(conv)
+    if not is_depthwise(shape, channels):
         return 0
     at_once = CHANNELS_AT_ONCE["float" if len(operands[0]) == 1 else "int8"]
     return int(-channels % at_once)

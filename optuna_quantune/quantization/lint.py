@@ -28,6 +28,7 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.dead_weights import live_weights
 from optuna_quantune.quantization.graph import activation_bounds
 from optuna_quantune.quantization.graph import constant_values
+from optuna_quantune.quantization.graph import is_depthwise
 from optuna_quantune.quantization.integer_only import float_nodes
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.processor import detect_vnni
@@ -425,7 +426,7 @@ def _may_saturate(layer: QuantizedLayer) -> bool:
     assert integers is not None
     if _activation_dtype(layer) != np.uint8 or integers.dtype != np.int8:
         return False
-    if layer.groups == integers.shape[0] > 1:
+    if is_depthwise(integers.shape, layer.groups):
         return False
     # Which weights meet in a pair is the kernel's choice; the largest two of a sign bound it.
     outermost = np.sort(integers, axis=None).astype(np.int64)

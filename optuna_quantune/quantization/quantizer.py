@@ -34,9 +34,11 @@ from optuna_quantune.quantization.fusion import fuse
 from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.gelu import find_gelus
 from optuna_quantune.quantization.graph import constant_values
+from optuna_quantune.quantization.graph import is_depthwise
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.implied_activations import remove_implied_activations
 from optuna_quantune.quantization.islands import between_float_nodes
+from optuna_quantune.quantization.kernel_channels import is_few_and_odd
 from optuna_quantune.quantization.kernels import adapt
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
@@ -362,7 +364,7 @@ class Quantizer:
             low, high = self._least_error_range(site.tensor, axis, scheme)
         else:
             low, high = _extremes(self._values(site, config), axis)
-        parameters = choose_parameters(low, high, scheme, **self._weight_integers)
+        parameters = choose_parameters(low, high, scheme, **self._integers_of(site.tensor))
         return refine_empty(parameters, low, high)
 
     def _values(self, site: ConstantSite, config: QuantizationConfig) -> NDArray[Any]:
@@ -383,7 +385,7 @@ class Quantizer:
         key = (weight, axis, scheme)
         if key not in self._weight_ranges:
             self._weight_ranges[key] = least_error_range(
-                self._live_weights[weight], scheme, axis=axis, **self._weight_integers
+                self._live_weights[weight], scheme, axis=axis, **self._integers_of(weight)
             )
         return self._weight_ranges[key]
 
@@ -404,11 +406,22 @@ class Quantizer:
             if site.scale in constants
         }
 
-    @property
-    def _weight_integers(self) -> dict[str, Any]:
-        """Which integers weights may be."""
+    def _integers_of(self, weight: str) -> dict[str, Any]:
+        """Which integers a weight may be."""
         representation = self.representation
-        return {"bits": representation.weight_bits, "narrow": representation.narrow_weights}
+        bits = 8 if weight in self._depthwise else representation.weight_bits
+        return {"bits": bits, "narrow": representation.narrow_weights}
+
+    @cached_property
+    def _depthwise(self) -> frozenset[str]:
+        """Weights of the depthwise convolutions that are not written as dense ones."""
+        return frozenset(
+            layer.weight
+            for layer in self.model.layers
+            if layer.op_type == "Conv"
+            and is_depthwise(self.model.weights[layer.weight].shape, layer.groups)
+            and not (self.representation.for_kernels and is_few_and_odd(layer.groups))
+        )
 
     @cached_property
     def _layers(self) -> dict[str, Layer]:

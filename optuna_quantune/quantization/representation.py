@@ -18,6 +18,7 @@ class Representation:
             shifted by 128, the fast kernels of x86-64) or as ``int8``.
         weight_bits: Width of the weights' integers, which are stored as int8: 7 is ONNX Runtime's
             ``reduce_range``, for x86-64 processors whose pairs of products saturate in int16.
+            Those of depthwise convolutions have 8 all the same: their kernel adds one by one.
         narrow_weights: Whether weights keep to -127 to 127 (-63 to 63), without the integer below.
         symmetric_weights: Whether weights have the zero point 0 with every scheme.
         per_channel: Operators whose weights may have one scale for each channel.

@@ -273,6 +273,11 @@ def test_depthwise_layers_do_not_saturate(quantize: Quantize) -> None:
     inputs = np.ones((1, 4, 16, 16), dtype=np.float32)
     depthwise = quantize(single_layer("Conv", np.ones((4, 1, 3, 3)), group=4), inputs)
     assert "saturating-int8" not in rules(lint_quantized(depthwise, vnni=False))
+    # With two input channels in each group it is another kernel.
+    pairs = quantize(
+        single_layer("Conv", np.ones((4, 2, 3, 3)), 8, group=4), np.repeat(inputs, 2, axis=1)
+    )
+    assert "saturating-int8" in rules(lint_quantized(pairs, vnni=False))
 
 
 def test_equal_scales_of_all_channels_are_found(quantize: Quantize, run: Run) -> None:
