@@ -38,7 +38,6 @@ from typing import get_args
 import numpy as np
 import optuna
 import pandas as pd
-from numpy.typing import NDArray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -57,7 +56,6 @@ from optuna_quantune.evaluation.metrics import top_k_correct
 from optuna_quantune.evaluation.metrics import wilson_interval
 from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.evaluation.runner import input_specs
-from optuna_quantune.evaluation.runner import iterate
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
@@ -178,7 +176,7 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "trials": len(study.trials),
         "max_latency": bound,
         "chosen": not_default(config),
-        **report(path, int8_path, validation, timed=bound is not None),
+        **report(objective, int8_path, validation, timed=bound is not None),
         "seconds": round(seconds, 1),
         "machine": machine.describe(),
     }
@@ -234,10 +232,14 @@ def not_default(config: QuantizationConfig) -> dict[str, Any]:
 
 
 def report(
-    float_path: Path, int8_path: Path, validation: InputSource, *, timed: bool
+    objective: QuantizationObjective, int8_path: Path, validation: InputSource, *, timed: bool
 ) -> dict[str, Any]:
     """Both models on the validation images."""
-    reference, outputs = (outputs_of(path, validation) for path in (float_path, int8_path))
+    float_path = objective.model.path
+    reference, outputs = (
+        next(iter(objective.outputs(path, validation, "validation").values()))
+        for path in (float_path, int8_path)
+    )
     labels = validation.labels
     assert labels is not None
     float_correct, correct = (top_k_correct(o, labels, k=1) for o in (reference, outputs))
@@ -259,12 +261,6 @@ def report(
         for key, threads in (("latency_1_thread", 1), ("latency_all_threads", None)):
             found[key] = latency(float_path, int8_path, validation, threads=threads)
     return found
-
-
-def outputs_of(path: Path, inputs: InputSource) -> NDArray[Any]:
-    session = make_session(path)
-    name = session.get_outputs()[0].name
-    return np.concatenate([values[name] for _, values in iterate(session, inputs)])
 
 
 def latency(

@@ -25,18 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pandas as pd
 
 from benchmarks import machine
 from benchmarks.accuracy import MODELS
-from benchmarks.accuracy import outputs_of
 from benchmarks.record import sources
-from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.metrics import agrees
-from optuna_quantune.evaluation.metrics import mean_sqnr_db
+from optuna_quantune.evaluation.metrics import sqnr_db
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.evaluation.runner import run
 from optuna_quantune.quantization.calibration import calibrate
@@ -84,7 +81,9 @@ def measure(name: str, data: Path, n: int) -> list[dict[str, Any]]:
         sizes=("all",),
     )
     inputs = evaluation.subset(np.arange(n)).bind(specs)
-    reference = outputs_of(path, inputs)
+    float_session = make_session(path)
+    (reference,) = run(float_session, inputs).values()
+    feeds = list(inputs.batches(1, np.arange(1)))
     config = QuantizationConfig(calibration_images="all", granularity="channel")
     rows = []
     for way, (bits, exact) in WAYS.items():
@@ -92,25 +91,19 @@ def measure(name: str, data: Path, n: int) -> list[dict[str, Any]]:
         quantizer = Quantizer(
             model, statistics, representation=representation, placement=placement
         )
-        data_of_model = quantizer.quantize(config).proto.SerializeToString()
-        session = make_session(data_of_model, exact_products=exact)
+        proto = quantizer.quantize(config).proto
+        session = make_session(proto.SerializeToString(), exact_products=exact)
         (outputs,) = run(session, inputs).values()
         rows.append(
             {
                 "model": name,
                 "weights": way,
                 "agreement": float(agrees(outputs, reference).mean()),
-                "sqnr_db": mean_sqnr_db({"": outputs}, {"": reference}),
-                "latency": ratio(session, path, inputs),
+                "sqnr_db": sqnr_db(outputs, reference),
+                "latency": latency_ratio(session, float_session, feeds, repeats=40).ratio,
             }
         )
     return rows
-
-
-def ratio(session: onnxruntime.InferenceSession, float_model: Path, inputs: InputSource) -> float:
-    """Batch-1 latency over the float model's."""
-    feeds = list(inputs.batches(1, np.arange(1)))
-    return latency_ratio(session, make_session(float_model), feeds, repeats=40).ratio
 
 
 def write(rows: list[dict[str, Any]], n: int) -> None:
@@ -126,7 +119,7 @@ def write(rows: list[dict[str, Any]], n: int) -> None:
         "",
         *"\n\n".join(__doc__.split("\n\n")[2:-1]).splitlines(),
         "",
-        f"{__doc__.split(chr(10) * 2)[-1].split(' Results:')[0]}.",
+        __doc__.split("\n\n")[-1].split(" Results:")[0],
         "",
         "| model | weights | agreement | SQNR, dB | latency |",
         "| --- | --- | ---: | ---: | ---: |",
