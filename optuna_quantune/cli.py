@@ -513,7 +513,7 @@ def _findings(
     quantized: onnx.ModelProto, float_model: FloatModel, target: Target
 ) -> list[Finding]:
     """What is wrong with a model for a target: only what runs here minds this processor."""
-    vnni = None if target.measures_latency else True
+    vnni = True if target.is_elsewhere else None
     return lint_quantized(quantized, float_model=float_model, vnni=vnni)
 
 

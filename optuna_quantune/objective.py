@@ -234,7 +234,7 @@ class QuantizationObjective:
             metric=self.chosen_metric,
             compares_outputs=compares_outputs,
             providers=self.target.providers,
-            exact_products=not self.target.measures_latency,
+            exact_products=self.target.is_elsewhere,
             threads=threads,
             batch_size=batch_size,
             progress=progress,

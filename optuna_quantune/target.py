@@ -49,6 +49,14 @@ class Target:
     providers: tuple[Provider, ...] = (_CPU,)
     measures_latency: bool = True
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this machine only computes the device's arithmetic in its place.
+
+        What is particular to this machine's processor must not count then.
+        """
+        return not self.measures_latency
+
     def restrict(self, space: SearchSpace) -> SearchSpace:
         """A search space without what the device cannot run.
 

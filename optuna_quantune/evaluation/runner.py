@@ -40,18 +40,14 @@ DEFAULT_BATCH_SIZE = 4
 # up in another order, on some devices with few bits.
 _SAME = 1e-2
 
-# Adds uint8 x int8 products in int32 on every x86-64 processor.
-_EXACT_PRODUCTS = "session.x64quantprecision"
-# What a model is loaded with that ONNX Runtime 1.32 refuses because of its own optimizations.
-_WAYS_OUT: tuple[dict[str, int], ...] = (
-    # On x86-64 it makes int8 activations uint8, which is faster. From opset 21 on it refuses its
-    # own result where a Reshape, Transpose or MaxPool stands between a pair and a float node
-    # ("output_dtype INT8 does not match y_zero_point type UINT8").
-    {"session.qdqisint8allowed": 1},
-    # Widening a weight that two layers share fails ("Attempt to replace the existing tensor").
-    # In float, what is between the pairs does not saturate either.
-    {_EXACT_PRODUCTS: 0, "session.disable_quant_qdq": 1},
-)
+# Options that let ONNX Runtime 1.32 load what its own optimizations make it refuse.
+# On x86-64 it makes int8 activations uint8, which is faster. From opset 21 on it refuses its own
+# result where a Reshape, Transpose or MaxPool stands between a pair and a float node
+# ("output_dtype INT8 does not match y_zero_point type UINT8").
+_KEEP_INT8 = "session.qdqisint8allowed"
+# For exact products it widens weights, and fails where two layers share one ("Attempt to replace
+# the existing tensor"). In float, what is between the pairs does not saturate either.
+_IN_FLOAT = "session.disable_quant_qdq"
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -106,7 +102,7 @@ def make_session(
         # A layer with 16-bit activations is computed with float ones, and not with 8-bit ones that
         # ONNX Runtime makes of them (its default, 4, for MatMulNBits).
         "session.qdq_matmulnbits_accuracy_level": 1,
-        _EXACT_PRODUCTS: exact_products,
+        "session.x64quantprecision": exact_products,
     }
 
     def load(entries: Mapping[str, int]) -> onnxruntime.InferenceSession:
@@ -123,11 +119,9 @@ def make_session(
     try:
         return load(entries)
     except Exception as error:  # ONNX Runtime's errors share no narrower type
-        for way_out in _WAYS_OUT:
+        for way_out in (_KEEP_INT8, _IN_FLOAT) if exact_products else (_KEEP_INT8,):
             with contextlib.suppress(Exception):
-                # Without exact products there is nothing to compute in float instead.
-                if exact_products or _EXACT_PRODUCTS not in way_out:
-                    return load({**entries, **way_out})
+                return load({**entries, way_out: 1})
         raise InputError(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
 
 

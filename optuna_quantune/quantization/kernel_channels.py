@@ -130,7 +130,7 @@ def fill_up_channels(graph: Rewriting, depthwise: onnx.NodeProto) -> None:
 def make_few_dense(graph: Rewriting, depthwise: onnx.NodeProto) -> None:
     """Makes an integer depthwise convolution of a few odd channels dense."""
     operands, channels = _operands(graph, depthwise), groups_of(depthwise)
-    if operands is None or len(operands[0]) == 1 or channels == 1:
+    if operands is None or len(operands[0]) == 1:
         return
     shape = graph.values(operands[0][0]).shape
     if is_few_and_odd(channels) and is_depthwise(shape, channels):
@@ -261,7 +261,7 @@ def _writers_of_channels(graph: Rewriting, tensor: str) -> list[tuple[onnx.NodeP
             weight, integers = graph.values(operands[0][0]), len(operands[0]) > 1
             if groups == 1 or (integers and weight.shape[1] > 1 and groups <= _MOST_GROUPS):
                 return found
-            if weight.shape[1] != 1 or weight.shape[0] != groups:
+            if not is_depthwise(weight.shape, groups):
                 break
         elif node.op_type not in (*PAIR_OPS, *ACTIVATION_OPS):
             break
