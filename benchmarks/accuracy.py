@@ -46,6 +46,7 @@ from benchmarks import machine
 from benchmarks.record import CALIBRATION_INPUTS
 from benchmarks.record import cifar10
 from benchmarks.record import sources
+from optuna_quantune.chosen_sampler import make_sampler
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.evaluation.dataset import ImageFolder
 from optuna_quantune.evaluation.dataset import InputSource
@@ -67,7 +68,6 @@ from optuna_quantune.selection import little_noise
 from optuna_quantune.selection import rank
 from optuna_quantune.selection import tells_apart
 from optuna_quantune.space import SearchSpace
-from optuna_quantune.tuning import make_sampler
 
 
 RESULTS = Path(__file__).parent / "results"

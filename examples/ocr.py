@@ -34,7 +34,6 @@ from rich.console import Console
 from optuna_quantune import ArrayInputs
 from optuna_quantune import tune
 from optuna_quantune.report.console import config_lines
-from optuna_quantune.report.console import remark_lines
 from optuna_quantune.report.console import result_table
 from optuna_quantune.report.console import trials_table
 
@@ -91,7 +90,7 @@ def main() -> None:
     console.print(trials_table(result.study.trials, result.metric))
     console.print(config_lines(result))
     console.print(result_table(result))
-    console.print("\n".join(remark_lines(result)))
+    console.print("\n".join(result.remarks))
 
 
 def recognition_model() -> Path:

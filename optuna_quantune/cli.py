@@ -51,16 +51,17 @@ from optuna_quantune.report.console import finding_lines
 from optuna_quantune.report.console import layers_table
 from optuna_quantune.report.console import pareto_table
 from optuna_quantune.report.console import predictions_table
-from optuna_quantune.report.console import remark_lines
 from optuna_quantune.report.console import result_table
 from optuna_quantune.report.console import trial_line
 from optuna_quantune.report.console import trials_table
 from optuna_quantune.report.progress import ProgressBars
 from optuna_quantune.selection import Preference
 from optuna_quantune.space import SearchSpace
+from optuna_quantune.studies import FINISHED
 from optuna_quantune.target import Target
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
+from optuna_quantune.worker import work
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -97,6 +98,15 @@ def cli() -> None:
 
 
 def _data_options(command: Command) -> Command:
+    target = click.option(
+        "--target",
+        default="cpu",
+        help="Device that the model is made for: cpu, arm64, tensorrt, qnn or vta.",
+    )
+    return _input_options(target(command))
+
+
+def _input_options(command: Command) -> Command:
     for option in (
         click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime."),
         click.option(
@@ -112,11 +122,6 @@ def _data_options(command: Command) -> Command:
             metavar="NAME[:KEY=VALUE,...]",
             help="ONNX Runtime execution provider with its options; several in order of "
             "preference. By default the target's.",
-        ),
-        click.option(
-            "--target",
-            default="cpu",
-            help="Device that the model is made for: cpu, arm64, tensorrt, qnn or vta.",
         ),
         click.option(
             "--data",
@@ -270,18 +275,28 @@ def tune_command(
     **options: Any,
 ) -> None:
     """Searches the best int8 configuration of MODEL and writes the model."""
-    own_inputs = evaluate is not None and evaluation is None
     _tune(
         model,
         calibration=_inputs("calibration", calibration, data, preprocessing),
-        evaluation=None
-        if own_inputs
-        else _inputs("evaluation", evaluation, data, preprocessing, labels=labels),
+        evaluation=_evaluation(evaluate, evaluation, data, preprocessing, labels),
         metric=import_function(metric, "--metric") if metric and ":" in metric else metric,
         evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
         output=output or _beside(model),
         **options,
     )
+
+
+def _evaluation(
+    evaluate: str | None,
+    folder: str | None,
+    data: str | None,
+    preprocessing: str | None,
+    labels: str | None,
+) -> InputSource | None:
+    """The evaluation inputs; None where a loop of the user's brings its own."""
+    if evaluate is not None and folder is None:
+        return None
+    return _inputs("evaluation", folder, data, preprocessing, labels=labels)
 
 
 def _inputs(
@@ -334,6 +349,90 @@ def _provider(text: str) -> Provider:
     if not all(key and equals for key, equals, _ in pairs):
         raise InputError(f"--provider {text}: options must be KEY=VALUE with commas between")
     return name, {key: value for key, _, value in pairs}
+
+
+@cli.command("worker")
+@click.argument("model")
+@click.option(
+    "--storage", required=True, help="The study's database URL or journal file, as `tune` has it."
+)
+@click.option(
+    "--study-name",
+    show_default="the only study of the storage",
+    help="Name of the study that `tune` began.",
+)
+@click.option("--calibration", metavar="DIR", help="Images for calibration, as `tune` has them.")
+@click.option("--evaluation", metavar="DIR", help="Images for evaluation, as `tune` has them.")
+@click.option(
+    "--labels", metavar="CSV", help="Columns file,label_index; DIR/labels.csv if it is there."
+)
+@click.option(
+    "--metric",
+    metavar="MODULE:FUNCTION",
+    help="The function that the study measures by, if it is one of your own.",
+)
+@click.option(
+    "--evaluate",
+    metavar="MODULE:FUNCTION",
+    help="In place of --metric: called with an InferenceSession, gives a number.",
+)
+@click.option(
+    "--sampler",
+    show_default="the study's",
+    help="'quantune', a class of optuna.samplers, or module:factory.",
+)
+@click.option(
+    "--n-trials",
+    type=click.IntRange(1),
+    show_default="what `tune` was asked for",
+    help="Trials of the study in all.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="No trial begins later than this after the start.",
+)
+@_input_options
+def worker_command(
+    model: str,
+    calibration: str | None,
+    evaluation: str | None,
+    labels: str | None,
+    preprocessing: str | None,
+    data: str | None,
+    metric: str | None,
+    evaluate: str | None,
+    providers: Sequence[str],
+    **options: Any,
+) -> None:
+    """Takes part in the search of MODEL that `tune` began in a storage.
+
+    What is searched stands in the study. Start as many workers as there are machines; `tune`
+    writes the model.
+    """
+    own = 0
+
+    def show(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        nonlocal own
+        own += 1
+        progress.console.print(trial_line(trial), highlight=False)
+
+    inputs = _evaluation(evaluate, evaluation, data, preprocessing, labels)
+    with _progress() as progress:
+        study = work(
+            model,
+            calibration=_inputs("calibration", calibration, data, preprocessing),
+            evaluation=inputs,
+            metric=None if metric is None else import_function(metric, "--metric"),
+            evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
+            providers=[_provider(text) for text in providers] or None,
+            progress=progress,
+            callbacks=[show],
+            **options,
+        )
+    finished = len(study.get_trials(deepcopy=False, states=FINISHED))
+    click.echo(f"Ran {own} of the {finished} trials of study {study.study_name!r}.")
 
 
 @cli.command("demo")
@@ -499,7 +598,7 @@ def _print_result(console: Console, result: TuningResult) -> None:
     console.print(f"\nChosen: trial {result.trial.number}")
     console.print(config_lines(result) + "\n", highlight=False)
     console.print(result_table(result))
-    for line in remark_lines(result):
+    for line in result.remarks:
         console.print(line, highlight=False, style="bold")
     console.print(f"Wrote {result.path} after {result.seconds:.0f} s.", highlight=False)
 

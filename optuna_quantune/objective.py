@@ -596,7 +596,17 @@ class QuantizationObjective:
             names = [self.metric if o == "accuracy" else o for o in self.goals.objectives]
             with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
                 study.set_metric_names(names)  # for tables, plots and optuna-dashboard
-        elif known != self.fingerprint:
+        else:
+            self.check_owner(study)
+
+    def check_owner(self, study: optuna.Study) -> None:
+        """Refuses a study that is not this objective's already.
+
+        Raises:
+            InputError: If the study belongs to another model, other inputs, another metric or
+                another target.
+        """
+        if study.user_attrs.get(TASK_KEY) != self.fingerprint:
             raise InputError(
                 f"study {study.study_name!r}: belongs to another model, other inputs, other "
                 "objectives, another metric or another target; give another study name"

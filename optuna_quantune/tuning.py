@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
+import dataclasses
 import logging
 import time
-import warnings
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from typing import Final
 from typing import get_args
 
-import numpy as np
 import optuna
-from numpy.typing import NDArray
-from optuna.distributions import CategoricalDistribution
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.storages import JournalStorage
-from optuna.storages import RDBStorage
-from optuna.storages import RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from optuna_quantune import records
+from optuna_quantune.chosen_sampler import make_sampler
+from optuna_quantune.comparison import compare_with_float
+from optuna_quantune.comparison import Comparison
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
 from optuna_quantune.evaluation.chosen_metric import Direction
@@ -42,62 +31,40 @@ from optuna_quantune.evaluation.chosen_metric import SessionFunction
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.evaluator import Progress
 from optuna_quantune.evaluation.latency import LatencyRatio
-from optuna_quantune.evaluation.metrics import agrees
-from optuna_quantune.evaluation.metrics import Interval
-from optuna_quantune.evaluation.metrics import jackknife_interval
-from optuna_quantune.evaluation.metrics import Measurement
-from optuna_quantune.evaluation.metrics import paired_difference_interval
-from optuna_quantune.evaluation.metrics import top_k_correct
 from optuna_quantune.evaluation.runner import Provider
 from optuna_quantune.goals import Objective
 from optuna_quantune.goals import Outcome
-from optuna_quantune.importing import import_function
 from optuna_quantune.model_file import check_writable
 from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
 from optuna_quantune.objective import QuantizationObjective
-from optuna_quantune.objective import TrialFailure
+from optuna_quantune.plan import SearchPlan
+from optuna_quantune.plan import SMALLEST_SPLIT
+from optuna_quantune.plan import split
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.quantizer import QuantizedModel
-from optuna_quantune.search.pruner import DEFAULT_INDIFFERENCE
-from optuna_quantune.search.pruner import RacingPruner
-from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.remarks import remark_lines
 from optuna_quantune.selection import metric_value
 from optuna_quantune.selection import Preference
 from optuna_quantune.selection import rank
 from optuna_quantune.selection import SAME_LATENCY
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
+from optuna_quantune.studies import create_study
+from optuna_quantune.studies import default_pruner
+from optuna_quantune.studies import name_of_study
+from optuna_quantune.studies import optimize
+from optuna_quantune.summary import Summary
 from optuna_quantune.target import Target
 
 
-# Fewer evaluation inputs than this are not split: either half would say too little.
-SMALLEST_SPLIT: Final = 400
 # Interleaved batch-1 runs of the float and the chosen model: three times those of a trial.
 _FINAL_LATENCY_REPEATS: Final = 60
 # Trials whose latency is measured again under a bound on it, until one keeps it.
 _MOST_CHOSEN: Final = 5
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The chosen model beside the float model on the same inputs.
-
-    Attributes:
-        inputs: Number of inputs; 0 where a loop of the user's brings its own.
-        float_model: The float model's measurement.
-        quantized: The quantized model's measurement.
-        difference: Quantized minus float metric with its paired 95 % interval; None for the
-            noise ratio and for a loop of the user's, of which nothing is known but its value.
-    """
-
-    inputs: int
-    float_model: Measurement
-    quantized: Measurement
-    difference: Interval | None
 
 
 @dataclass(frozen=True)
@@ -146,6 +113,36 @@ class TuningResult:
     def goal_met(self) -> bool:
         """Whether the chosen model keeps all bounds that were asked for."""
         return not self.missed
+
+    @property
+    def remarks(self) -> list[str]:
+        """What must not be overlooked, a sentence each."""
+        return remark_lines(
+            self.missed,
+            self.latency,
+            self.target,
+            self.float_model,
+            interrupted=self.interrupted,
+        )
+
+    @property
+    def summary(self) -> Summary:
+        """The result as plain values, as the study keeps it."""
+        return Summary(
+            trial=self.trial.number,
+            config=dataclasses.asdict(self.config),
+            model=self.float_model.path.name,
+            target=self.target.name,
+            metric=self.metric.name,
+            direction=self.metric.direction,
+            all_inputs=self.all_inputs,
+            held_out=self.held_out,
+            latency=self.latency,
+            float_bytes=self.float_bytes,
+            quantized_bytes=self.quantized_bytes,
+            seconds=self.seconds,
+            remarks=tuple(self.remarks),
+        )
 
 
 def tune(
@@ -247,41 +244,44 @@ def tune(
         raise InputError(f"prefer {prefer!r}: use 'latency', 'size' or 'accuracy'")
     if output is not None:
         check_writable(output, model)
-    search_space = SearchSpace.load(space) if isinstance(space, str) else space
-    # A loop of the user's brings its own inputs; only the user can split them.
-    selecting, held_out = (
-        (evaluation, np.arange(0)) if evaluation is None or evaluate else _split(evaluation, seed)
-    )
-    objective = QuantizationObjective(
-        model,
-        calibration=calibration,
-        evaluation=selecting,
-        space=search_space,
-        metric=metric,
-        evaluate=evaluate,
+    plan = SearchPlan(
+        space=SearchSpace.load(space) if isinstance(space, str) else space,
+        metric=None if callable(metric) else metric,
+        has_own_metric=callable(metric) or evaluate is not None,
         direction=direction,
-        objectives=objectives,
-        target=target,
-        providers=providers,
+        objectives=tuple(objectives),
+        target=target if isinstance(target, str) else target.name,
+        sampler=sampler if isinstance(sampler, str) else None,
         max_accuracy_drop=max_accuracy_drop,
         max_latency=max_latency,
         max_size=max_size,
         precision=precision,
         exact=exact,
+        seed=seed,
+        n_trials=n_trials,
+    )
+    selecting, held_out = split(evaluation, plan.seed, own_inputs=evaluate is not None)
+    objective = plan.objective(
+        model,
+        calibration=calibration,
+        evaluation=selecting,
+        metric=metric if callable(metric) else None,
+        evaluate=evaluate,
+        target=None if isinstance(target, str) else target,
+        providers=providers,
         cache=cache,
         threads=threads,
         progress=progress,
     )
-    inputs = len(objective.evaluation)
-    study = _open_study(
+    study = create_study(
         storage,
-        study_name or (None if storage is None else _study_name(objective)),
+        study_name or (None if storage is None else name_of_study(objective)),
         make_sampler(sampler, objective, seed=seed) if isinstance(sampler, str) else sampler,
-        # What is better by less than half an input is not better on these inputs.
-        pruner or RacingPruner(indifference=max(DEFAULT_INDIFFERENCE, 0.5 / inputs)),
+        pruner or default_pruner(objective),
         objective.directions,
     )
     objective.claim(study)
+    plan.note(study)
     objective.prepare()
     if evaluation is not None and evaluate is None and not held_out.size:
         _logger.warning(
@@ -290,12 +290,12 @@ def tune(
             "it, which is too good on average."
         )
     left = None if timeout is None else timeout - (time.perf_counter() - start)
-    interrupted = _optimize(study, objective, n_trials, left, callbacks)
+    interrupted = optimize(study, objective, n_trials, left, callbacks, wait=True)
     trial, kept, quantized, latency = _chosen(study, objective, prefer)
     data = quantized.proto.SerializeToString()
     path = None if output is None else write_model(quantized.proto, output)
-    all_inputs, unseen = _measure_again(objective, path or data, evaluation, held_out)
-    return TuningResult(
+    all_inputs, unseen = compare_with_float(objective, path or data, evaluation, held_out)
+    result = TuningResult(
         study=study,
         trial=trial,
         config=quantized.config,
@@ -313,56 +313,8 @@ def tune(
         seconds=time.perf_counter() - start,
         interrupted=interrupted,
     )
-
-
-def make_sampler(name: str, objective: QuantizationObjective, *, seed: int) -> BaseSampler:
-    """A sampler for an objective's search space.
-
-    Args:
-        name: ``quantune``, the name of a class in `optuna.samplers`, or ``module:factory`` with
-            the signature ``factory(search_space, *, seed)``. A module is looked for in the
-            current folder, too.
-        objective: What the sampler will be used with.
-        seed: Seed of the sampler.
-
-    Raises:
-        InputError: If there is no such sampler, or it cannot be made.
-    """
-    space = objective.space
-    if name == "quantune":
-        is_accuracy = objective.goals.objectives[0] == "accuracy"
-        return QuantuneSampler(
-            space,
-            features=objective.features,
-            source_studies=records.source_studies(objective.metric) if is_accuracy else (),
-            seed=seed,
-        )
-    if ":" in name:
-        return _sampler_of_factory(name, space, seed)
-    known = [
-        item
-        for item in optuna.samplers.__all__
-        if item.endswith("Sampler") and not item.startswith(("Base", "PartialFixed"))
-    ]
-    if name not in known:
-        raise InputError(
-            f"sampler {name!r}: unknown; use 'quantune', 'module:factory' or one of "
-            f"{', '.join(known)}"
-        )
-    constructor = getattr(optuna.samplers, name)
-    accepted = inspect.signature(constructor).parameters
-    arguments: dict[str, Any] = {"seed": seed} if "seed" in accepted else {}
-    if name == "GridSampler":
-        arguments["search_space"] = _choices(space)
-    sampler = constructor(**arguments)
-    assert isinstance(sampler, BaseSampler)
-    return sampler
-
-
-def _study_name(objective: QuantizationObjective) -> str:
-    """The name of a study that was given none: the same search finds it again, no other does."""
-    search = f"{objective.fingerprint} {objective.goals} {dict(objective.space)}"
-    return f"{objective.model.path.stem}-{hashlib.sha256(search.encode()).hexdigest()[:8]}"
+    result.summary.note(study)
+    return result
 
 
 def _check_budget(n_trials: int | None, timeout: float | None) -> None:
@@ -372,15 +324,6 @@ def _check_budget(n_trials: int | None, timeout: float | None) -> None:
         raise InputError(f"n_trials: {n_trials} is not positive")
     if timeout is not None and not timeout > 0:
         raise InputError(f"timeout: {timeout} seconds is not positive")
-
-
-def _split(evaluation: InputSource, seed: int) -> tuple[InputSource, NDArray[np.int64]]:
-    """The inputs that select, and the indices of those that only report, in order."""
-    n = len(evaluation)
-    if n < SMALLEST_SPLIT:
-        return evaluation, np.arange(0)
-    order = np.random.default_rng(seed).permutation(n)
-    return evaluation.subset(np.sort(order[: n - n // 2])), np.sort(order[n - n // 2 :])
 
 
 def _chosen(
@@ -428,82 +371,6 @@ def _preference(objective: QuantizationObjective) -> Preference:
     return "size" if size and not latency else "latency"
 
 
-def _measure_again(
-    objective: QuantizationObjective,
-    model: Path | bytes,
-    evaluation: InputSource | None,
-    held_out: NDArray[np.int64],
-) -> tuple[Comparison, Comparison | None]:
-    """Float and quantized model on all inputs, and on those that took no part in the search."""
-    metric = objective.chosen_metric
-    before = objective.float_evaluation
-    if evaluation is None or metric.loop is not None:
-        after = objective.evaluate(model)
-        return Comparison(after.measurement.n, before.measurement, after.measurement, None), None
-    reference = before.all_outputs
-    if held_out.size:
-        unseen = evaluation.subset(held_out)
-        rest = objective.outputs(objective.model.path, unseen, "float model")
-        selecting = np.setdiff1d(np.arange(len(evaluation)), held_out)
-        reference = {
-            name: _merged((selecting, reference[name]), (held_out, rest[name])) for name in rest
-        }
-    outputs = objective.outputs(model, evaluation, "final model")
-    everything = _compare(metric, outputs, reference, evaluation)
-    if not held_out.size:
-        return everything, None
-    return everything, _compare(
-        metric,
-        {name: values[held_out] for name, values in outputs.items()},
-        {name: values[held_out] for name, values in reference.items()},
-        unseen,
-    )
-
-
-def _merged(*parts: tuple[NDArray[np.int64], NDArray[Any]]) -> NDArray[Any]:
-    """Rows that stand at given indices, put together."""
-    rows = np.concatenate([values for _, values in parts])
-    return rows[np.argsort(np.concatenate([indices for indices, _ in parts]))]
-
-
-def _compare(
-    metric: ChosenMetric,
-    outputs: Mapping[str, NDArray[Any]],
-    reference: Mapping[str, NDArray[Any]],
-    inputs: InputSource,
-) -> Comparison:
-    def own_difference(indices: NDArray[np.int64]) -> float:
-        chosen = inputs.subset(indices)
-        ours = {name: values[indices] for name, values in outputs.items()}
-        theirs = {name: values[indices] for name, values in reference.items()}
-
-        def value(models: Mapping[str, NDArray[Any]]) -> float:
-            return metric.call_function(
-                models, theirs, labels=chosen.labels, indices=chosen.positions
-            )
-
-        return value(ours) - value(theirs)
-
-    def measure(models: Mapping[str, NDArray[Any]]) -> Measurement:
-        return metric.measure(models, reference, labels=inputs.labels, indices=inputs.positions)
-
-    difference = None
-    if metric.is_own and len(inputs) > 1:
-        difference = jackknife_interval(own_difference, len(inputs))
-    elif metric.of_classes:
-        first = next(iter(outputs))
-        ours, theirs = outputs[first], reference[first]
-        if metric.name == "agreement" or inputs.labels is None:
-            same = agrees(ours, theirs)
-            difference = paired_difference_interval(same, np.ones_like(same))
-        else:
-            k = 5 if metric.name == "top5" else 1
-            difference = paired_difference_interval(
-                top_k_correct(ours, inputs.labels, k=k), top_k_correct(theirs, inputs.labels, k=k)
-            )
-    return Comparison(len(inputs), measure(reference), measure(outputs), difference)
-
-
 def _missed(
     objective: QuantizationObjective,
     trial: FrozenTrial,
@@ -530,117 +397,3 @@ def _missed(
         f"measured again, even at the favourable end of its interval, {sentence}"
         for sentence in objective.goals.missed(at_best)
     )
-
-
-def _optimize(
-    study: optuna.Study,
-    objective: QuantizationObjective,
-    n_trials: int | None,
-    timeout: float | None,
-    callbacks: Sequence[Callable[[optuna.Study, FrozenTrial], None]],
-) -> bool:
-    """Runs the trials that are still missing; returns whether Ctrl-C ended them."""
-    trials = study.get_trials(deepcopy=False)
-    finished = sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials)
-    if finished:
-        _logger.info(f"Study {study.study_name!r} goes on after {finished} finished trials.")
-    _enqueue_interrupted(study, trials)
-    missing = None if n_trials is None else n_trials - finished
-    if timeout is not None and timeout <= 0:
-        # Preparation took all the time: one trial, so that there is a model to write.
-        missing, timeout = int(finished == 0), None
-    if missing is not None and missing <= 0:
-        return False
-    try:
-        study.optimize(
-            objective,
-            n_trials=missing,
-            timeout=timeout,
-            callbacks=list(callbacks),
-            catch=(TrialFailure,),
-        )
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-def _enqueue_interrupted(study: optuna.Study, trials: list[FrozenTrial]) -> None:
-    """Gives trials that Ctrl-C ended, which have no error of their own, the run they are owed."""
-    interrupted = [
-        t.params
-        for t in trials
-        if t.state == TrialState.FAIL and "error" not in t.user_attrs and t.params
-    ]
-    others = [t for t in trials if t.state != TrialState.FAIL]
-    run_or_queued = [t.system_attrs.get("fixed_params", t.params) for t in others]
-    for params in interrupted:
-        if params not in run_or_queued:
-            study.enqueue_trial(params)
-            run_or_queued.append(params)
-
-
-def _open_study(
-    storage: BaseStorage | str | None,
-    study_name: str | None,
-    sampler: BaseSampler,
-    pruner: BasePruner,
-    directions: Sequence[Direction],
-) -> optuna.Study:
-    if isinstance(storage, str):
-        storage = _open_storage(storage)
-    try:
-        return optuna.create_study(
-            storage=storage,
-            study_name=study_name,
-            sampler=sampler,
-            pruner=pruner,
-            directions=directions,
-            load_if_exists=True,
-        )
-    except (ValueError, OSError, SQLAlchemyError) as error:
-        raise InputError(
-            f"study {study_name!r}: cannot be opened ({_first_line(error)})"
-        ) from error
-
-
-def _open_storage(storage: str) -> BaseStorage:
-    try:
-        if "://" not in storage:
-            return JournalStorage(JournalFileBackend(storage))
-        # A trial whose process died is found by its missing heartbeat and run again. Both are
-        # marked experimental: their interface may change, their function is old.
-        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            return RDBStorage(
-                storage,
-                heartbeat_interval=60,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
-            )
-    except (ImportError, OSError, ValueError, SQLAlchemyError) as error:
-        raise InputError(f"storage {storage}: cannot be opened ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _choices(space: SearchSpace) -> dict[str, list[Any]]:
-    """The grid of a space of categorical knobs."""
-    return {
-        name: list(distribution.choices)
-        for name, distribution in space.items()
-        if isinstance(distribution, CategoricalDistribution)
-    }
-
-
-def _sampler_of_factory(name: str, space: SearchSpace, seed: int) -> BaseSampler:
-    factory = import_function(name, "sampler")
-    try:
-        sampler = factory(space, seed=seed)
-    except Exception as error:  # whatever a user's function raises
-        raise InputError(
-            f"sampler {name!r}: fails when it is called with the search space and seed={seed}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(sampler, BaseSampler):
-        raise InputError(f"sampler {name!r}: gave a {type(sampler).__name__}, not a sampler")
-    return sampler

@@ -321,3 +321,21 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert text.startswith(f"Usage: optuna-quantune {command}")
     for line in re.findall(r"^  (--[a-z-]+).*\n?(?:      .*)?", text, flags=re.M):
         assert line
+
+
+def test_a_worker_says_how_many_trials_it_ran_and_a_wrong_storage_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, *TUNE, "--storage", "journal.log", monkeypatch=monkeypatch) == 0
+    worker = ("worker", *TUNE[1:-2])
+    more = ("--storage", "journal.log", "--n-trials", "5")
+    assert call(folder, *worker, *more, monkeypatch=monkeypatch) == 0
+    assert "Ran 2 of the 5 trials of study 'model-" in capsys.readouterr().out
+    for wrong, message in (
+        (("--storage", "other.log"), "storage other.log: there is no file other.log"),
+        ((*more, "--study-name", "other"), "study 'other': is not there; the storage's studies"),
+    ):
+        assert call(folder, *worker, *wrong, monkeypatch=monkeypatch) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

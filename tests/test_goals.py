@@ -21,7 +21,6 @@ from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.report.console import pareto_table
-from optuna_quantune.report.console import remark_lines
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import get_target
@@ -131,7 +130,7 @@ def test_the_most_accurate_within_a_bound_on_size_is_written(run, tmp_path: Path
     for trial in result.study.trials:
         kept = trial.user_attrs["size_bytes"] <= sizes[1]
         assert (trial.constraints["size"] <= 0) == kept
-    assert remark_lines(result) == []
+    assert result.remarks == []
 
 
 def test_a_bound_that_no_trial_keeps_gives_the_nearest_and_says_so(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -140,7 +139,7 @@ def test_a_bound_that_no_trial_keeps_gives_the_nearest_and_says_so(run, tmp_path
     assert (tmp_path / "int8.onnx").is_file()
     latencies = [trial.user_attrs["latency_ratio"] for trial in result.study.trials]
     assert result.trial.user_attrs["latency_ratio"] == min(latencies)
-    goal, best, *_ = remark_lines(result)
+    goal, best, *_ = result.remarks
     assert "Goal not met: its latency is" in goal
     assert "more than 0.01x" in goal
     assert "best model so far" in best
@@ -161,7 +160,7 @@ def test_a_bound_kept_by_luck_only_is_missed_when_measured_again(  # type: ignor
     assert [trial.constraints["latency"] <= 0 for trial in result.study.trials].count(True) > 0
     assert len(result.missed) == 1
     assert "measured again" in result.missed[0]
-    assert any("SLOWER than the float model" in line for line in remark_lines(result))
+    assert any("SLOWER than the float model" in line for line in result.remarks)
 
 
 def test_latency_here_is_no_reproach_to_a_model_for_another_device(  # type: ignore[no-untyped-def]
@@ -170,7 +169,7 @@ def test_latency_here_is_no_reproach_to_a_model_for_another_device(  # type: ign
     slow = LatencyRatio(2.0, 1.0, 2.0, 1.5, 2.5)
     monkeypatch.setattr(QuantizationObjective, "latency", lambda *a, **options: slow)
     elsewhere = dataclasses.replace(get_target("cpu"), name="elsewhere", measures_latency=False)
-    (line,) = remark_lines(run(target=elsewhere))
+    (line,) = run(target=elsewhere).remarks
     assert "says nothing about target 'elsewhere'" in line
 
 

@@ -18,16 +18,15 @@ from rich.console import ConsoleOptions
 from rich.console import RenderResult
 from rich.table import Table
 
+from optuna_quantune.comparison import Comparison
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
 from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.lint import channel_spread
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.model import FloatModel
-from optuna_quantune.quantization.model import RECURRENT_OPS
-from optuna_quantune.quantization.model import recurrent_share
+from optuna_quantune.remarks import recurrent_lines
 from optuna_quantune.selection import metric_value
-from optuna_quantune.tuning import Comparison
 from optuna_quantune.tuning import TuningResult
 
 
@@ -222,33 +221,6 @@ def _points(interval: Interval) -> str:
     return f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
 
 
-def remark_lines(result: TuningResult) -> list[str]:
-    """What must not be overlooked: goals that were missed, a slow model, a search cut short."""
-    lines = [f"Goal not met: {sentence}." for sentence in result.missed]
-    if result.missed:
-        lines.append("This is the best model so far; more trials or a larger space may do better.")
-    latency = result.latency
-    if not result.target.measures_latency:
-        lines.append(
-            f"The latency is that of this machine, which says nothing about target "
-            f"{result.target.name!r}; it decided nothing."
-        )
-    elif latency.low > 1:
-        lines.append(
-            f"SLOWER than the float model on this machine: {latency.ratio:.2f}x "
-            f"[{latency.low:.2f}, {latency.high:.2f}]."
-        )
-    elif latency.high >= 1:
-        lines.append(
-            f"Not measurably faster than the float model on this machine: {latency.ratio:.2f}x "
-            f"[{latency.low:.2f}, {latency.high:.2f}]."
-        )
-    lines += _recurrent_line(result.float_model)
-    if result.interrupted:
-        lines.append("The search was interrupted; this is the best model so far.")
-    return lines
-
-
 def layers_table(model: FloatModel) -> Table:
     """The quantizable layers of a model and how far their channels' ranges lie apart."""
     table = Table(title="Quantizable layers", title_justify="left")
@@ -266,16 +238,8 @@ def layers_table(model: FloatModel) -> Table:
             f"{weight.size:,}",
             f"{channel_spread(weight, layer.channel_axis):.1f}",
         )
-    table.caption, table.caption_justify = "\n".join(_recurrent_line(model)), "left"
+    table.caption, table.caption_justify = "\n".join(recurrent_lines(model)), "left"
     return table
-
-
-def _recurrent_line(model: FloatModel) -> list[str]:
-    share = recurrent_share(model)
-    if not share:
-        return []
-    nodes = f"those of recurrent nodes ({', '.join(RECURRENT_OPS)})"
-    return [f"{share:.0%} of the parameters stay in float: {nodes}."]
 
 
 def finding_lines(findings: Iterable[Finding]) -> list[str]:

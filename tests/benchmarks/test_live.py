@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.plan import split
 from optuna_quantune.selection import pack
-from optuna_quantune.tuning import _split
 
 
 pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
@@ -50,7 +50,8 @@ def test_a_task_is_the_model_and_its_inputs(task: Task, toy_inputs: NDArray[np.f
 
 def test_a_task_selects_by_the_half_that_tune_takes() -> None:
     inputs = ArrayInputs(np.zeros((501, 1), np.float32), labels=np.zeros(501, np.int64))
-    selecting, held_out = _split(inputs, export_task.SEED)
+    selecting, held_out = split(inputs, export_task.SEED)
+    assert selecting is not None
     assert np.array_equal(selecting.positions, export_task.selected(501))
     assert len(held_out) == 250
     assert live.SEED == export_task.SEED

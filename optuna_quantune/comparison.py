@@ -1,0 +1,115 @@
+"""The chosen model beside the float model: on all evaluation inputs, and on those held out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_quantune.evaluation.chosen_metric import ChosenMetric
+from optuna_quantune.evaluation.dataset import InputSource
+from optuna_quantune.evaluation.metrics import agrees
+from optuna_quantune.evaluation.metrics import Interval
+from optuna_quantune.evaluation.metrics import jackknife_interval
+from optuna_quantune.evaluation.metrics import Measurement
+from optuna_quantune.evaluation.metrics import paired_difference_interval
+from optuna_quantune.evaluation.metrics import top_k_correct
+from optuna_quantune.objective import QuantizationObjective
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The chosen model beside the float model on the same inputs.
+
+    Attributes:
+        inputs: Number of inputs; 0 where a loop of the user's brings its own.
+        float_model: The float model's measurement.
+        quantized: The quantized model's measurement.
+        difference: Quantized minus float metric with its paired 95 % interval; None for the
+            noise ratio and for a loop of the user's, of which nothing is known but its value.
+    """
+
+    inputs: int
+    float_model: Measurement
+    quantized: Measurement
+    difference: Interval | None
+
+
+def compare_with_float(
+    objective: QuantizationObjective,
+    model: Path | bytes,
+    evaluation: InputSource | None,
+    held_out: NDArray[np.int64],
+) -> tuple[Comparison, Comparison | None]:
+    """Float and quantized model on all inputs, and on those that took no part in the search."""
+    metric = objective.chosen_metric
+    before = objective.float_evaluation
+    if evaluation is None or metric.loop is not None:
+        after = objective.evaluate(model)
+        return Comparison(after.measurement.n, before.measurement, after.measurement, None), None
+    reference = before.all_outputs
+    if held_out.size:
+        unseen = evaluation.subset(held_out)
+        rest = objective.outputs(objective.model.path, unseen, "float model")
+        selecting = np.setdiff1d(np.arange(len(evaluation)), held_out)
+        reference = {
+            name: _merged((selecting, reference[name]), (held_out, rest[name])) for name in rest
+        }
+    outputs = objective.outputs(model, evaluation, "final model")
+    everything = _compare(metric, outputs, reference, evaluation)
+    if not held_out.size:
+        return everything, None
+    return everything, _compare(
+        metric,
+        {name: values[held_out] for name, values in outputs.items()},
+        {name: values[held_out] for name, values in reference.items()},
+        unseen,
+    )
+
+
+def _merged(*parts: tuple[NDArray[np.int64], NDArray[Any]]) -> NDArray[Any]:
+    """Rows that stand at given indices, put together."""
+    rows = np.concatenate([values for _, values in parts])
+    return rows[np.argsort(np.concatenate([indices for indices, _ in parts]))]
+
+
+def _compare(
+    metric: ChosenMetric,
+    outputs: Mapping[str, NDArray[Any]],
+    reference: Mapping[str, NDArray[Any]],
+    inputs: InputSource,
+) -> Comparison:
+    def own_difference(indices: NDArray[np.int64]) -> float:
+        chosen = inputs.subset(indices)
+        ours = {name: values[indices] for name, values in outputs.items()}
+        theirs = {name: values[indices] for name, values in reference.items()}
+
+        def value(models: Mapping[str, NDArray[Any]]) -> float:
+            return metric.call_function(
+                models, theirs, labels=chosen.labels, indices=chosen.positions
+            )
+
+        return value(ours) - value(theirs)
+
+    def measure(models: Mapping[str, NDArray[Any]]) -> Measurement:
+        return metric.measure(models, reference, labels=inputs.labels, indices=inputs.positions)
+
+    difference = None
+    if metric.is_own and len(inputs) > 1:
+        difference = jackknife_interval(own_difference, len(inputs))
+    elif metric.of_classes:
+        first = next(iter(outputs))
+        ours, theirs = outputs[first], reference[first]
+        if metric.name == "agreement" or inputs.labels is None:
+            same = agrees(ours, theirs)
+            difference = paired_difference_interval(same, np.ones_like(same))
+        else:
+            k = 5 if metric.name == "top5" else 1
+            difference = paired_difference_interval(
+                top_k_correct(ours, inputs.labels, k=k), top_k_correct(theirs, inputs.labels, k=k)
+            )
+    return Comparison(len(inputs), measure(reference), measure(outputs), difference)

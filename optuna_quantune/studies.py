@@ -1,0 +1,231 @@
+"""Studies of a search: opened by name, and worked on by one process or by many."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.storages import JournalStorage
+from optuna.storages import RDBStorage
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.chosen_metric import Direction
+from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.objective import TrialFailure
+from optuna_quantune.search.pruner import DEFAULT_INDIFFERENCE
+from optuna_quantune.search.pruner import RacingPruner
+
+
+FINISHED: Final = (TrialState.COMPLETE, TrialState.PRUNED)
+# Other processes' trials are waited for as long as the longest trial took, and as much again.
+_PATIENCE: Final = 2.0
+_POLL_SECONDS: Final = 0.2
+
+_logger = logging.getLogger(__name__)
+
+
+def name_of_study(objective: QuantizationObjective) -> str:
+    """The name of a study that was given none: the same search finds it again, no other does."""
+    search = f"{objective.fingerprint} {objective.goals} {dict(objective.space)}"
+    return f"{objective.model.path.stem}-{hashlib.sha256(search.encode()).hexdigest()[:8]}"
+
+
+def create_study(
+    storage: BaseStorage | str | None,
+    name: str | None,
+    sampler: BaseSampler,
+    pruner: BasePruner,
+    directions: Sequence[Direction],
+) -> optuna.Study:
+    """The study of that name in a storage; makes one if there is none.
+
+    Raises:
+        InputError: If it cannot be opened.
+    """
+    if isinstance(storage, str):
+        storage = _open_storage(storage)
+    try:
+        return optuna.create_study(
+            storage=storage,
+            study_name=name,
+            sampler=sampler,
+            pruner=pruner,
+            directions=directions,
+            load_if_exists=True,
+        )
+    except (ValueError, OSError, SQLAlchemyError) as error:
+        raise InputError(f"study {name!r}: cannot be opened ({_first_line(error)})") from error
+
+
+def load_study(storage: BaseStorage | str, name: str | None) -> optuna.Study:
+    """A study that is there already.
+
+    Args:
+        storage: An Optuna storage, a database URL, or the path of a journal file.
+        name: Its name; None where the storage has one study only.
+
+    Raises:
+        InputError: If there is no such storage or study.
+    """
+    if isinstance(storage, str):
+        _check_exists(storage)
+        storage = _open_storage(storage)
+    try:
+        names = optuna.get_all_study_names(storage)
+        if name is None and len(names) == 1:
+            name = names[0]
+        if name not in names:
+            there = ", ".join(map(repr, names)) or "none"
+            wanted = "study name: is needed" if name is None else f"study {name!r}: is not there"
+            raise InputError(f"{wanted}; the storage's studies: {there}")
+        return optuna.load_study(study_name=name, storage=storage)
+    except (ValueError, OSError, SQLAlchemyError) as error:
+        raise InputError(f"study {name!r}: cannot be opened ({_first_line(error)})") from error
+
+
+def _check_exists(storage: str) -> None:
+    """Refuses a file that is not there, which opening it would make."""
+    path: str | None = storage
+    if "://" in storage:
+        try:
+            url = make_url(storage)
+        except SQLAlchemyError as error:
+            raise InputError(f"storage {storage}: is no database URL") from error
+        path = url.database if url.get_backend_name() == "sqlite" else None
+    if path is not None and not Path(path).is_file():
+        raise InputError(f"storage {storage}: there is no file {path}")
+
+
+def _open_storage(storage: str) -> BaseStorage:
+    try:
+        if "://" not in storage:
+            return JournalStorage(JournalFileBackend(storage))
+        # A trial whose process died is found by its missing heartbeat and run again. Both are
+        # marked experimental: their interface may change, their function is old.
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+            return RDBStorage(
+                storage,
+                heartbeat_interval=60,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+            )
+    except (ImportError, OSError, ValueError, SQLAlchemyError) as error:
+        raise InputError(f"storage {storage}: cannot be opened ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def optimize(
+    study: optuna.Study,
+    objective: QuantizationObjective,
+    n_trials: int | None,
+    timeout: float | None,
+    callbacks: Sequence[Callable[[optuna.Study, FrozenTrial], None]],
+    *,
+    wait: bool,
+) -> bool:
+    """Runs the trials that are still missing, beside other processes that do the same.
+
+    Args:
+        study: The study.
+        objective: What a trial runs.
+        n_trials: Trials in all, those of other processes included; None for no such number.
+        timeout: Seconds after which no trial is begun. The first of a study is in any case.
+        callbacks: Called after every trial of this process.
+        wait: Whether the trials that other processes still run at the end are waited for, no
+            longer than trials have taken so far.
+
+    Returns:
+        Whether Ctrl-C ended it.
+    """
+    begin = datetime.now()
+    trials = study.get_trials(deepcopy=False)
+    finished = sum(trial.state in FINISHED for trial in trials)
+    if finished:
+        _logger.info(f"Study {study.study_name!r} goes on after {finished} finished trials.")
+    _enqueue_interrupted(study, trials)
+    if timeout is not None and timeout <= 0:
+        # Preparation took all the time: one trial, so that there is a model to write.
+        n_trials, timeout = 1, None
+    missing = None if n_trials is None else n_trials - finished
+    if missing is not None and missing <= 0:
+        return False
+
+    def stop_when_enough(study: optuna.Study, trial: FrozenTrial) -> None:
+        others = study.get_trials(deepcopy=False)
+        # What began before and still runs may have died with its process.
+        begun = [t for t in others if t.state in FINISHED or _runs_since(t, begin)]
+        if n_trials is not None and len(begun) >= n_trials:
+            study.stop()
+
+    try:
+        study.optimize(
+            objective,
+            n_trials=missing,
+            timeout=timeout,
+            callbacks=[*callbacks, stop_when_enough],
+            catch=(TrialFailure,),
+        )
+        if wait:
+            _wait_for_others(study, begin)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _wait_for_others(study: optuna.Study, since: datetime) -> None:
+    begin, told = time.monotonic(), False
+    while True:
+        trials = study.get_trials(deepcopy=False)
+        running = sum(_runs_since(trial, since) for trial in trials)
+        took = [trial.duration.total_seconds() for trial in trials if trial.duration is not None]
+        if not running or time.monotonic() - begin > _PATIENCE * max(took, default=0.0):
+            return
+        if not told:
+            _logger.info(f"Other processes still run {running} trials; waiting for them.")
+            told = True
+        time.sleep(_POLL_SECONDS)
+
+
+def _runs_since(trial: FrozenTrial, begin: datetime) -> bool:
+    started = trial.datetime_start
+    return trial.state == TrialState.RUNNING and started is not None and started >= begin
+
+
+def default_pruner(objective: QuantizationObjective) -> RacingPruner:
+    """The pruner of a search: what is better by less than half an input is not better there."""
+    return RacingPruner(indifference=max(DEFAULT_INDIFFERENCE, 0.5 / len(objective.evaluation)))
+
+
+def _enqueue_interrupted(study: optuna.Study, trials: list[FrozenTrial]) -> None:
+    """Gives trials that Ctrl-C ended, which have no error of their own, the run they are owed."""
+    interrupted = [
+        t.params
+        for t in trials
+        if t.state == TrialState.FAIL and "error" not in t.user_attrs and t.params
+    ]
+    others = [t for t in trials if t.state != TrialState.FAIL]
+    run_or_queued = [t.system_attrs.get("fixed_params", t.params) for t in others]
+    for params in interrupted:
+        if params not in run_or_queued:
+            study.enqueue_trial(params)
+            run_or_queued.append(params)
