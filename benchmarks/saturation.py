@@ -5,14 +5,17 @@
 DATA is a folder as in `benchmarks.record`; the processor must be an x86-64 one without VNNI. Such
 processors add products of uint8 activations and int8 weights in pairs in int16. For each model one
 configuration (one scale for each channel, 128 calibration inputs, the other knobs as they come) is
-run in three ways, with one thread:
+run in four ways, with one thread:
 
 - `8 bits`: weights of 8 bits, as for a device without this trait, in a session as it comes;
 - `8 bits, exact`: the same model with ``session.x64quantprecision``, for which ONNX Runtime widens
   weights to uint8 when it loads the model. So `QuantizationObjective` evaluates models of devices
   whose arithmetic is computed on this processor;
-- `7 bits`: weights of 7 bits but in depthwise convolutions, whose kernel does not add in pairs, in
-  a session as it comes: what the target `cpu` writes here.
+- `7 bits`: weights of 7 bits, as with ONNX Runtime's ``reduce_range``, but in depthwise
+  convolutions, whose kernel does not add in pairs, in a session as it comes;
+- `neighbours`: weights of 8 bits with scales such that the products of no two neighbours can leave
+  int16 (`optuna_quantune/quantization/neighbours.py`), in a session as it comes: what the target
+  `cpu` writes here. `exact` says whether its outputs are those of exact products to the last bit.
 
 Agreement with the float model on inputs that calibration did not see, output SQNR, and batch-1
 latency over the float model's. Results: `benchmarks/results/saturation/`.
@@ -39,17 +42,33 @@ from optuna_quantune.evaluation.runner import run
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import load_float_model
+from optuna_quantune.quantization.placement import ConstantSite
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.processor import saturates
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
+from optuna_quantune.quantization.quantizer import WeightIntegers
 from optuna_quantune.quantization.representation import Representation
 
 
 RESULTS = Path(__file__).parent / "results" / "saturation"
-# Bits of the weights, and whether products are exact.
-WAYS = {"8 bits": (8, False), "8 bits, exact": (8, True), "7 bits": (7, False)}
 CALIBRATION = 128
+
+
+class SevenBits(Quantizer):
+    """Weights as ``reduce_range`` has them."""
+
+    def _integers_of(self, site: ConstantSite, *knobs: Any) -> WeightIntegers:
+        return WeightIntegers(bits=7 if site.tensor in self._paired else 8)
+
+
+# What builds the model, whether for products that are added in pairs, and whether they are exact.
+WAYS = {
+    "8 bits": (Quantizer, False, False),
+    "8 bits, exact": (Quantizer, False, True),
+    "7 bits": (SevenBits, True, False),
+    "neighbours": (Quantizer, True, False),
+}
 
 
 def main() -> None:
@@ -86,20 +105,21 @@ def measure(name: str, data: Path, n: int) -> list[dict[str, Any]]:
     feeds = list(inputs.batches(1, np.arange(1)))
     config = QuantizationConfig(calibration_images="all", granularity="channel")
     rows = []
-    for way, (bits, exact) in WAYS.items():
-        representation = Representation(weight_bits=bits, for_kernels=True)
-        quantizer = Quantizer(
-            model, statistics, representation=representation, placement=placement
-        )
+    for way, (build, in_pairs, exact) in WAYS.items():
+        representation = Representation(adds_in_pairs=in_pairs, for_kernels=True)
+        quantizer = build(model, statistics, representation=representation, placement=placement)
         proto = quantizer.quantize(config).proto
         session = make_session(proto.SerializeToString(), exact_products=exact)
         (outputs,) = run(session, inputs).values()
+        exactly = make_session(proto.SerializeToString(), exact_products=True)
+        (unsaturated,) = run(exactly, inputs).values()
         rows.append(
             {
                 "model": name,
                 "weights": way,
                 "agreement": float(agrees(outputs, reference).mean()),
                 "sqnr_db": sqnr_db(outputs, reference),
+                "exact": bool(np.array_equal(outputs, unsaturated)),
                 "latency": latency_ratio(session, float_session, feeds, repeats=40).ratio,
             }
         )
@@ -121,12 +141,12 @@ def write(rows: list[dict[str, Any]], n: int) -> None:
         "",
         __doc__.split("\n\n")[-1].split(" Results:")[0],
         "",
-        "| model | weights | agreement | SQNR, dB | latency |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| model | weights | agreement | SQNR, dB | exact | latency |",
+        "| --- | --- | ---: | ---: | --- | ---: |",
     ]
     lines += [
         f"| {row.model} | {row.weights} | {row.agreement:.3f} | {row.sqnr_db:.1f} "
-        f"| {row.latency:.2f}x |"
+        f"| {'yes' if row.exact else 'no'} | {row.latency:.2f}x |"
         for row in frame.itertuples()
     ]
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")

@@ -119,8 +119,8 @@ def _cpu() -> Target:
     if is_arm():
         representation = Representation(activations="int8", for_kernels=True)
     else:
-        bits = 7 if detect_vnni() is False else 8
-        representation = Representation(weight_bits=bits, for_kernels=True)
+        pairs = detect_vnni() is False
+        representation = Representation(adds_in_pairs=pairs, for_kernels=True)
     return Target("cpu", representation, {"activation_bits": _BITS, "fusion": ("runtime",)})
 
 

@@ -96,21 +96,21 @@ def test_unknown_targets_name_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arm", "vnni", "activations", "bits"),
+    ("arm", "vnni", "activations", "pairs"),
     [
-        (False, True, "uint8", 8),
-        (False, False, "uint8", 7),
-        (False, None, "uint8", 8),
-        (True, None, "int8", 8),
+        (False, True, "uint8", False),
+        (False, False, "uint8", True),
+        (False, None, "uint8", False),
+        (True, None, "int8", False),
     ],
 )
 def test_the_processor_decides_the_representation(
-    monkeypatch: pytest.MonkeyPatch, arm: bool, vnni: bool | None, activations: str, bits: int
+    monkeypatch: pytest.MonkeyPatch, arm: bool, vnni: bool | None, activations: str, pairs: bool
 ) -> None:
     monkeypatch.setattr(target_module, "is_arm", lambda: arm)
     monkeypatch.setattr(target_module, "detect_vnni", lambda: vnni)
     representation = get_target("cpu").representation
-    assert (representation.activations, representation.weight_bits) == (activations, bits)
+    assert (representation.activations, representation.adds_in_pairs) == (activations, pairs)
     assert get_target("arm64").measures_latency == arm
 
 

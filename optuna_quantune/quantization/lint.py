@@ -31,6 +31,9 @@ from optuna_quantune.quantization.graph import constant_values
 from optuna_quantune.quantization.graph import is_depthwise
 from optuna_quantune.quantization.integer_only import float_nodes
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.neighbours import in_order
+from optuna_quantune.quantization.neighbours import LARGEST_SUM
+from optuna_quantune.quantization.neighbours import largest_sums
 from optuna_quantune.quantization.processor import detect_vnni
 from optuna_quantune.quantization.quantized_graph import QuantizedGraph
 from optuna_quantune.quantization.quantized_graph import QuantizedLayer
@@ -39,8 +42,6 @@ from optuna_quantune.quantization.quantized_graph import QuantizedLayer
 # Largest channel range over the median one from which on a single scale is said to destroy the
 # layer: it leaves the median channel less than 16 of the 255 levels, so less than 4 bits.
 WIDE_SPREAD: Final = 16.0
-# Largest sum of two int8 weights whose products with uint8 activations fit into int16 together.
-_LARGEST_PAIR: Final = np.iinfo(np.int16).max // np.iinfo(np.uint8).max
 _NAMES_SHOWN: Final = 3
 # What `quantize_static` of ONNX Runtime 1.32 reads of its `extra_options`.
 _KNOWN_OPTIONS: Final = (
@@ -419,19 +420,17 @@ def _saturating_pairs(graph: QuantizedGraph, vnni: bool | None) -> Iterator[Find
 def _may_saturate(layer: QuantizedLayer) -> bool:
     """Whether two products of uint8 activations and weights can leave int16 together.
 
-    Depthwise convolutions have a kernel of their own that does not add in pairs; uint8 weights
-    are widened first.
+    Depthwise convolutions have a kernel of their own that does not add in pairs, transposed ones
+    are computed in float, and uint8 weights are widened first.
     """
     integers = layer.weight.integers
     assert integers is not None
     if _activation_dtype(layer) != np.uint8 or integers.dtype != np.int8:
         return False
-    if is_depthwise(integers.shape, layer.groups):
+    if layer.op_type == "ConvTranspose" or is_depthwise(integers.shape, layer.groups):
         return False
-    # Which weights meet in a pair is the kernel's choice; the largest two of a sign bound it.
-    outermost = np.sort(integers, axis=None).astype(np.int64)
-    pairs = max(int(outermost[-2:].sum()), -int(outermost[:2].sum()))
-    return pairs > _LARGEST_PAIR
+    rows = in_order(integers.astype(np.int64), layer.op_type, layer.channel_axis)
+    return bool(np.any(largest_sums(rows) > LARGEST_SUM))
 
 
 def _has_own_bias_scale(layer: QuantizedLayer) -> bool:

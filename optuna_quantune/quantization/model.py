@@ -373,7 +373,7 @@ def _separate_weights(graph: onnx.GraphProto) -> None:
         weight = constants.get(node.input[1]) if len(node.input) > 1 else None
         if node.op_type not in WEIGHTED_OPS or weight is None:
             continue
-        axis, groups = _channel_axis(node, len(weight.dims)), attribute_of(node, "group", 1)
+        axis, groups = channel_axis(node, len(weight.dims)), attribute_of(node, "group", 1)
         way = weight.name, node.op_type, axis, groups
         if way not in names:
             names[way] = weight.name
@@ -477,17 +477,18 @@ def _layers(proto: onnx.ModelProto, initializers: dict[str, onnx.TensorProto]) -
             output=node.output[0],
             weight=weight.name,
             bias=bias,
-            channel_axis=_channel_axis(node, len(weight.dims)),
+            channel_axis=channel_axis(node, len(weight.dims)),
             groups=attribute_of(node, "group", 1),
         )
 
 
-def _channel_axis(node: onnx.NodeProto, rank: int) -> int:
-    if node.op_type == "Conv":
+def channel_axis(node: onnx.NodeProto, rank: int) -> int:
+    """Which axis of a layer's weight of this rank counts output channels."""
+    if node.op_type in ("Conv", "QLinearConv"):
         return 0
     if node.op_type == "ConvTranspose":
         return 1
-    if node.op_type == "Gemm":
+    if node.op_type in ("Gemm", "QGemm"):
         transposed = bool(attribute_of(node, "transB", 0))
         return 0 if transposed else 1
     return rank - 1

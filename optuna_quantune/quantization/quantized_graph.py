@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import constant_values
+from optuna_quantune.quantization.model import channel_axis
 from optuna_quantune.quantization.model import quantized_node
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 
@@ -51,6 +52,7 @@ class QuantizedLayer:
 
     name: str
     op_type: str
+    channel_axis: int
     groups: int
     input: Quantized | None
     weight: Quantized
@@ -135,6 +137,7 @@ class QuantizedGraph:
         return QuantizedLayer(
             name=node.name or node.output[0],
             op_type=node.op_type,
+            channel_axis=channel_axis(node, weight.integers.ndim),
             groups=attribute_of(node, "group", 1),
             input=data,
             weight=weight,

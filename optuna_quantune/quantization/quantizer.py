@@ -43,6 +43,10 @@ from optuna_quantune.quantization.kernels import adapt
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.model import WEIGHTED_OPS
+from optuna_quantune.quantization.neighbours import fit
+from optuna_quantune.quantization.neighbours import in_order
+from optuna_quantune.quantization.neighbours import in_shape
+from optuna_quantune.quantization.neighbours import least_scales
 from optuna_quantune.quantization.placement import ConstantSite
 from optuna_quantune.quantization.placement import keep_float
 from optuna_quantune.quantization.placement import keep_normalizations
@@ -54,6 +58,7 @@ from optuna_quantune.quantization.representation import Representation
 from optuna_quantune.quantization.scheme import choose_parameters
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.scheme import refine_empty
+from optuna_quantune.quantization.scheme import widen
 from optuna_quantune.quantization.scheme import widen_for_bias
 from optuna_quantune.quantization.weight_clipping import least_error_range
 from optuna_quantune.quantization.weight_rounding import WeightRounding
@@ -81,6 +86,19 @@ class QuantizedModel:
     proto: onnx.ModelProto
     config: QuantizationConfig
     digest: str
+
+
+@dataclass(frozen=True)
+class WeightIntegers:
+    """Which integers a weight may be.
+
+    Attributes:
+        bits: Their width.
+        least_scale: The smallest scale, of the weight or of each channel.
+    """
+
+    bits: int = 8
+    least_scale: NDArray[np.float64] | float = 0.0
 
 
 class Quantizer:
@@ -127,6 +145,7 @@ class Quantizer:
         self._given_placement = placement
         self._ranges: dict[tuple[str, int, str, str], tuple[float, float]] = {}
         self._weight_ranges: dict[tuple[str, int | None, Scheme], Range] = {}
+        self._least_scales: dict[tuple[str, bool], NDArray[np.float64]] = {}
 
     def plan(self, config: QuantizationConfig) -> QuantizationPlan:
         """Chooses scales and zero points of a configuration; the model is not built.
@@ -290,13 +309,21 @@ class Quantizer:
     ) -> NDArray[np.int32]:
         """A constant as integers."""
         values = self._values(site, config)
-        if site.tensor in self._layers and config.weight_rounding == "compensated":
-            layer = self._layers[site.tensor]
+        layer = self._layers.get(site.tensor)
+        if layer is not None and config.weight_rounding == "compensated":
             about_mean = layer.has_corrected_bias(config)
-            return self._given_rounding().integers(
+            integers = self._given_rounding().integers(
                 layer, values, parameters, about_mean=about_mean
             )
-        return parameters.quantize(values, site.axis if parameters.scale.ndim else None)
+        else:
+            integers = parameters.quantize(values, site.axis if parameters.scale.ndim else None)
+        # Rounded to the nearest, and not cut off, they fit by their scale.
+        moved = config.weight_rounding == "compensated" or config.weight_clipping == "mse"
+        paired = site.tensor in self._paired and not parameters.zero_point.any()
+        if layer is not None and moved and paired:
+            rows = fit(self._in_order(site, integers))
+            integers = in_shape(rows, integers.shape, layer.op_type, layer.channel_axis)
+        return integers
 
     def _corrected(
         self,
@@ -360,12 +387,15 @@ class Quantizer:
         if site.kind == "other":
             low, high = _extremes(self._constants[site.tensor], axis)
             return choose_parameters(low, high, scheme, bits=config.activation_bits)
+        integers = self._integers_of(site, config, axis, scheme)
         if config.weight_clipping == "mse":
-            low, high = self._least_error_range(site.tensor, axis, scheme)
+            low, high = self._least_error_range(site.tensor, axis, scheme, integers)
         else:
             low, high = _extremes(self._values(site, config), axis)
-        parameters = choose_parameters(low, high, scheme, **self._integers_of(site.tensor))
-        return refine_empty(parameters, low, high)
+        parameters = choose_parameters(
+            low, high, scheme, bits=integers.bits, narrow=self.representation.narrow_weights
+        )
+        return refine_empty(widen(parameters, integers.least_scale, scheme), low, high)
 
     def _values(self, site: ConstantSite, config: QuantizationConfig) -> NDArray[Any]:
         """The float values that a constant's integers stand for."""
@@ -381,13 +411,38 @@ class Quantizer:
             return None
         return site.axis
 
-    def _least_error_range(self, weight: str, axis: int | None, scheme: Scheme) -> Range:
+    def _least_error_range(
+        self, weight: str, axis: int | None, scheme: Scheme, integers: WeightIntegers
+    ) -> Range:
         key = (weight, axis, scheme)
         if key not in self._weight_ranges:
             self._weight_ranges[key] = least_error_range(
-                self._live_weights[weight], scheme, axis=axis, **self._integers_of(weight)
+                self._live_weights[weight],
+                scheme,
+                axis=axis,
+                bits=integers.bits,
+                narrow=self.representation.narrow_weights,
+                least=integers.least_scale,
             )
         return self._weight_ranges[key]
+
+    def _integers_of(
+        self, site: ConstantSite, config: QuantizationConfig, axis: int | None, scheme: Scheme
+    ) -> WeightIntegers:
+        """Which integers a weight may be."""
+        if site.tensor not in self._paired:
+            return WeightIntegers()
+        # Weights that count for nothing are cut off where the range is that of the others.
+        live = config.zero_dead_weights or config.weight_clipping == "mse"
+        values = (self._live_weights if live else self._constants)[site.tensor]
+        if scheme == "asymmetric" or (scheme == "symmetric_uint8" and values.min() >= 0.0):
+            # With a zero point of its own any weight can have the largest integer.
+            return WeightIntegers(bits=7)
+        key = site.tensor, live
+        if key not in self._least_scales:
+            self._least_scales[key] = least_scales(self._in_order(site, values))
+        found = self._least_scales[key]
+        return WeightIntegers(least_scale=found.max(initial=0.0) if axis is None else found)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -406,21 +461,29 @@ class Quantizer:
             if site.scale in constants
         }
 
-    def _integers_of(self, weight: str) -> dict[str, Any]:
-        """Which integers a weight may be."""
-        representation = self.representation
-        bits = 8 if weight in self._depthwise else representation.weight_bits
-        return {"bits": bits, "narrow": representation.narrow_weights}
+    def _in_order(self, site: ConstantSite, values: NDArray[Any]) -> NDArray[Any]:
+        layer = self._layers[site.tensor]
+        return in_order(values, layer.op_type, layer.channel_axis)
 
     @cached_property
-    def _depthwise(self) -> frozenset[str]:
-        """Weights of the depthwise convolutions that are not written as dense ones."""
+    def _paired(self) -> frozenset[str]:
+        """Weights whose products are added in pairs that saturate.
+
+        A depthwise convolution that is not written as a dense one has a kernel that adds one by
+        one; a transposed one is computed in float.
+        """
+        if not self.representation.adds_in_pairs:
+            return frozenset()
+
+        def one_by_one(layer: Layer) -> bool:
+            made_dense = self.representation.for_kernels and is_few_and_odd(layer.groups)
+            shape = self.model.weights[layer.weight].shape
+            return is_depthwise(shape, layer.groups) and not made_dense
+
         return frozenset(
-            layer.weight
-            for layer in self.model.layers
-            if layer.op_type == "Conv"
-            and is_depthwise(self.model.weights[layer.weight].shape, layer.groups)
-            and not (self.representation.for_kernels and is_few_and_odd(layer.groups))
+            name
+            for name, layer in self._layers.items()
+            if layer.op_type != "ConvTranspose" and not one_by_one(layer)
         )
 
     @cached_property

@@ -16,9 +16,9 @@ class Representation:
     Attributes:
         activations: 8-bit activations as ``uint8`` (int8 arithmetic with integers and zero points
             shifted by 128, the fast kernels of x86-64) or as ``int8``.
-        weight_bits: Width of the weights' integers, which are stored as int8: 7 is ONNX Runtime's
-            ``reduce_range``, for x86-64 processors whose pairs of products saturate in int16.
-            Those of depthwise convolutions have 8 all the same: their kernel adds one by one.
+        adds_in_pairs: Whether products of activations and weights are added in pairs in int16, as
+            on x86-64 processors without VNNI: weights are such that no pair saturates then
+            (`neighbours.py`). ONNX Runtime's ``reduce_range`` gives them 7 bits for that.
         narrow_weights: Whether weights keep to -127 to 127 (-63 to 63), without the integer below.
         symmetric_weights: Whether weights have the zero point 0 with every scheme.
         per_channel: Operators whose weights may have one scale for each channel.
@@ -28,7 +28,7 @@ class Representation:
     """
 
     activations: Literal["uint8", "int8"] = "uint8"
-    weight_bits: int = 8
+    adds_in_pairs: bool = False
     narrow_weights: bool = False
     symmetric_weights: bool = False
     per_channel: tuple[str, ...] = WEIGHTED_OPS

@@ -166,10 +166,22 @@ def widen_for_bias(
     magnitude = np.abs(bias.astype(np.float64))
     if weight.scale.ndim == 0:
         magnitude = magnitude.max(initial=0.0)
-    needed = 1.0001 * magnitude / np.iinfo(np.int32).max / input_scale
-    if np.all(weight.scale >= needed):
+    return widen(weight, 1.0001 * magnitude / np.iinfo(np.int32).max / input_scale, scheme)
+
+
+def widen(
+    weight: QuantizationParameters, least: NDArray[np.float64] | float, scheme: Scheme
+) -> QuantizationParameters:
+    """Enlarges scales until they are no smaller than the least ones, keeping powers of two.
+
+    Args:
+        weight: Parameters of the weight.
+        least: The least scales, of a shape that broadcasts to that of the scales.
+        scheme: Scheme of the weight.
+    """
+    if np.all(weight.scale >= least):
         return weight
-    scale = np.maximum(weight.scale.astype(np.float64), needed)
+    scale = np.maximum(weight.scale.astype(np.float64), least)
     if scheme == "symmetric_power2":
         scale = _power_of_two(scale)
     return dataclasses.replace(weight, scale=scale.astype(np.float32))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.scheme import choose_parameters
 from optuna_quantune.quantization.scheme import QuantizationParameters
+from optuna_quantune.quantization.scheme import widen
 
 
 # Thresholds that are tried, in shares of the largest magnitude: those that clip, and those that do
@@ -37,6 +38,7 @@ def least_error_range(
     axis: int | None = None,
     bits: int = 8,
     narrow: bool = False,
+    least: NDArray[np.float64] | float = 0.0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The range in which a weight is quantized with the least squared error.
 
@@ -46,6 +48,7 @@ def least_error_range(
         axis: Axis of the channels if each of them has a range of its own.
         bits: Width of the integers.
         narrow: Whether the lowest integer is left out.
+        least: Scales that are widened to if they are smaller, of shape () or (channels,).
 
     Returns:
         Lower and upper ends, of shape () or (channels,), containing 0.
@@ -61,9 +64,21 @@ def least_error_range(
             np.geomspace(1.0, _SMALLEST_SHARE, 1 + number // 2)[1:],
         ]
     )
-    choose = functools.partial(choose_parameters, scheme=scheme, bits=bits, narrow=narrow)
-    pieces = np.array_split(rows, min(len(rows), -(-rows.size // _PIECE)))
-    ranges = [_best_ranges(piece, shares, choose) for piece in pieces]
+    number = min(len(rows), -(-rows.size // _PIECE))
+    scales = np.broadcast_to(least, len(rows))
+
+    def choose(
+        low: NDArray[np.float64], high: NDArray[np.float64], least: NDArray[np.float64]
+    ) -> QuantizationParameters:
+        chosen = choose_parameters(low, high, scheme, bits=bits, narrow=narrow)
+        return widen(chosen, least, scheme)
+
+    ranges = [
+        _best_ranges(piece, shares, functools.partial(choose, least=part))
+        for piece, part in zip(
+            np.array_split(rows, number), np.array_split(scales, number), strict=True
+        )
+    ]
     low, high = (np.concatenate(ends) for ends in zip(*ranges, strict=True))
     return (low, high) if axis is not None else (low[0], high[0])
 

@@ -483,9 +483,9 @@ def test_weight_clipping_by_mse_moves_weights_closer(
 
 
 REPRESENTATIONS = {
-    "7 bits": Representation(weight_bits=7),
+    "in pairs": Representation(adds_in_pairs=True),
     "narrow": Representation(narrow_weights=True),
-    "7 bits, narrow": Representation(weight_bits=7, narrow_weights=True),
+    "in pairs, narrow": Representation(adds_in_pairs=True, narrow_weights=True),
 }
 
 
@@ -507,31 +507,19 @@ def test_weights_keep_to_the_integers_of_their_representation(
         quantizer, scheme=scheme, granularity=granularity, weight_clipping=weight_clipping
     )
     for weight in WEIGHTS:
-        # The kernel of depthwise convolutions adds products one by one.
-        bits = 8 if weight == "depthwise.weight" else representation.weight_bits
+        # What is added in pairs has 7 bits where it has a zero point, and otherwise other scales;
+        # the kernel of depthwise convolutions adds products one by one.
+        paired = representation.adds_in_pairs and weight != "depthwise.weight"
+        bits = 7 if paired and (scheme, granularity) == ("asymmetric", "tensor") else 8
         largest = (1 << (bits - 1)) - 1
         lowest = -largest - (not representation.narrow_weights)
         integers = graph.constants[weight][0]
         assert integers.dtype == np.int8
         assert lowest <= integers.min() < integers.max() <= largest
-        if scheme != "symmetric_power2" and weight_clipping == "max":
+        whole = not paired or bits == 7
+        if whole and scheme != "symmetric_power2" and weight_clipping == "max":
             assert max(-int(integers.min()), int(integers.max())) >= largest
     assert {zero_point.dtype for _, zero_point in graph.activations.values()} == {np.dtype("u1")}
-
-
-def test_7_bit_weights_cannot_saturate_in_pairs(
-    float_model: FloatModel, toy_statistics: CalibrationStatistics
-) -> None:
-    quantizer = Quantizer(
-        float_model, toy_statistics, representation=Representation(weight_bits=7)
-    )
-    for scheme in SCHEMES:
-        for weight in WEIGHTS:
-            if weight == "depthwise.weight":  # has another kernel
-                continue
-            integers = build(quantizer, scheme=scheme).constants[weight][0].astype(np.int64)
-            assert np.iinfo(np.int16).min <= 2 * 255 * integers.min()
-            assert 2 * 255 * integers.max() <= np.iinfo(np.int16).max
 
 
 def test_only_some_operators_may_have_a_scale_for_each_channel(
