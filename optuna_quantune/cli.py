@@ -55,6 +55,7 @@ from optuna_quantune.report.console import result_table
 from optuna_quantune.report.console import trial_line
 from optuna_quantune.report.console import trials_table
 from optuna_quantune.report.progress import ProgressBars
+from optuna_quantune.report.sensitivity import float_layers_table
 from optuna_quantune.selection import Preference
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.studies import FINISHED
@@ -544,6 +545,8 @@ def inspect_command(
     console.print(layers_table(objective.model))
     _print_findings(console, lint_model(objective.model))
     console.print(predictions_table(objective, _PREDICTIONS_SHOWN))
+    if objective.target.knobs.get("float_layers") != (0,):
+        console.print(float_layers_table(objective))
 
 
 def _objective_without_evaluation(

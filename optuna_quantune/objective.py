@@ -354,6 +354,16 @@ class QuantizationObjective:
                 features[CONSTRAINT_PRIOR + name] = violation
         return features
 
+    def expected_latency(self, params: Mapping[str, Any]) -> float:
+        """About how long a configuration takes over the float model, before it is built.
+
+        Estimated node by node; NaN for a target that does not run on a processor.
+
+        Args:
+            params: Parameters of a trial of `space`, or any knobs.
+        """
+        return self._builder.predict_latency(self.space.config(params))
+
     def _expected(self, prediction: NoisePrediction) -> float:
         """What is expected of the metric's value; without classes something that rises with it."""
         if not self.chosen_metric.of_classes:

@@ -123,7 +123,12 @@ def test_inspect_shows_layers_and_with_images_the_predicted_noise(
     assert "predicted" not in layers
     images = ("--calibration", "images", "--preprocessing", "recipe.json")
     assert call(folder, "inspect", "model.onnx", *images, monkeypatch=monkeypatch) == 0
-    assert "predicted SQNR dB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "predicted SQNR dB" in printed
+    assert "Layers to leave in float" in printed
+    vta = ("--target", "vta", "--space", "vta")
+    assert call(folder, "inspect", "model.onnx", *images, *vta, monkeypatch=monkeypatch) == 0
+    assert "in float" not in capsys.readouterr().out
 
 
 def test_inspect_shows_the_findings_of_a_float_and_of_a_quantized_model(
