@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,8 +20,11 @@ from rich.console import Console
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.report.console import layers_table
+from optuna_quantune.report.console import result_table
 from optuna_quantune.report.console import trials_table
 from optuna_quantune.report.progress import ProgressBars
+from optuna_quantune.report.result_rows import result_sections
+from tests.report.studies import make_summary
 
 
 def trial(number: int, **params: object) -> FrozenTrial:
@@ -89,6 +94,27 @@ def test_nothing_is_cut_off_on_a_narrow_terminal(width: int) -> None:
     words = set(text.replace(",", " ").split())
     assert words >= {"0.8000", "0.7900", "0.60x", *rows[0], *rows[1]}
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_metric_of_the_users_may_have_the_name_of_a_column() -> None:
+    trials = [trial(0, scheme="symmetric"), trial(1, scheme="asymmetric")]
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(trials_table(trials, ChosenMetric("s")))
+    assert {"0.8000", "0.7900"} <= set(console.export_text().split())
+
+
+def test_the_terminal_shows_the_result_that_reports_show() -> None:
+    summary = make_summary()
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(result_table(SimpleNamespace(summary=summary)))  # type: ignore[arg-type]
+    lines = [re.sub(r"[│┃\s]+", " ", line).strip() for line in console.export_text().splitlines()]
+    sections = result_sections(summary)
+    assert len(sections) == 3
+    for section in sections:
+        assert not section.title or section.title in lines
+        for row in section.rows:
+            cells = (row.name, row.float_model, row.quantized, row.difference)
+            assert " ".join(cell for cell in cells if cell) in lines
 
 
 def test_a_stage_that_ended_early_makes_room_for_the_next() -> None:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
-from collections.abc import Mapping
 from collections.abc import Sequence
-from typing import Any
 from typing import Final
 
-import numpy as np
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from rich.console import Console
@@ -18,15 +14,21 @@ from rich.console import ConsoleOptions
 from rich.console import RenderResult
 from rich.table import Table
 
-from optuna_quantune.comparison import Comparison
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
-from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.lint import channel_spread
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.remarks import recurrent_lines
-from optuna_quantune.selection import metric_value
+from optuna_quantune.report.numbers import figure as figure  # the command line takes it from here
+from optuna_quantune.report.numbers import short
+from optuna_quantune.report.result_rows import RESULT_COLUMNS
+from optuna_quantune.report.result_rows import result_sections
+from optuna_quantune.report.trial_rows import best_first
+from optuna_quantune.report.trial_rows import first_line
+from optuna_quantune.report.trial_rows import knob_text
+from optuna_quantune.report.trial_rows import shared_knobs
+from optuna_quantune.report.trial_rows import TrialRow
 from optuna_quantune.tuning import TuningResult
 
 
@@ -40,11 +42,11 @@ def trial_line(trial: FrozenTrial) -> str:
     """One finished trial as one line."""
     knobs = " ".join(str(value) for value in trial.params.values())
     if trial.state != TrialState.COMPLETE:
-        reason = str(trial.user_attrs.get("error", "")).split("\n")[0]
+        reason = first_line(trial.user_attrs.get("error", ""))
         return f"trial {trial.number:>3}  {trial.state.name.lower():<9} {knobs}  {reason}"
     twin = trial.user_attrs.get("duplicate_of")
     note = "" if twin is None else f"  (the same model as trial {twin})"
-    values = "  ".join(_short(value) for value in trial.values)
+    values = "  ".join(short(value) for value in trial.values)
     return f"trial {trial.number:>3}  {values:<9} {knobs}{note}"
 
 
@@ -74,10 +76,7 @@ class TrialsTable:
 def trials_table(trials: Iterable[FrozenTrial], metric: ChosenMetric) -> TrialsTable:
     """All completed trials, best first."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    complete.sort(
-        key=lambda t: (-metric.sign * metric_value(t), t.user_attrs.get("latency_ratio", np.inf))
-    )
-    return TrialsTable("Trials, best first", complete, metric.name)
+    return TrialsTable("Trials, best first", best_first(complete, metric.direction), metric.name)
 
 
 def pareto_table(result: TuningResult) -> TrialsTable:
@@ -91,134 +90,52 @@ def _table_of_trials(
     title: str, trials: Sequence[FrozenTrial], metric: str, *, most_knobs: int, narrow: bool
 ) -> Table:
     table = Table(title=title, title_justify="left")
-    numbers = ["trial", metric, "agreement", "SQNR dB", "latency [95 %]", "MB", "s"]
-    if metric == "agreement" or all(t.user_attrs.get("agreement") is None for t in trials):
-        numbers.remove("agreement")
+    rows = [TrialRow.of(trial) for trial in trials]
+    columns = [
+        ("trial", [row.trial for row in rows]),
+        (metric, [row.value for row in rows]),
+        ("agreement", [row.agreement for row in rows]),
+        ("SQNR dB", [row.sqnr_db for row in rows]),
+        ("latency [95 %]", [row.latency for row in rows]),
+        ("MB", [row.megabytes for row in rows]),
+        ("s", [row.seconds for row in rows]),
+    ]
+    if metric == "agreement" or not any(row.agreement for row in rows):
+        del columns[2]
     if narrow:
-        numbers = ["trial", metric, "latency [95 %]", "MB"]
-    for name in numbers:
+        columns = [columns[0], columns[1], *columns[-3:-1]]
+    for name, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    knobs = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    knobs, common = shared_knobs(trials)
     notes = []
-    common = [k for k in knobs if len({str(t.params.get(k)) for t in trials}) == 1]
-    if len(trials) > 1 and common:
-        notes.append(f"The same in all: {_knobs(trials[0].params, common)}")
-        knobs = [name for name in knobs if name not in common]
+    if common:
+        notes.append(f"The same in all: {knob_text(trials[0], common)}")
     if len(knobs) > most_knobs:
-        notes += [f"Trial {trial.number}: {_knobs(trial.params, knobs)}" for trial in trials]
+        notes += [f"Trial {trial.number}: {knob_text(trial, knobs)}" for trial in trials]
         knobs = []
     if notes:
         table.caption, table.caption_justify = "\n".join(notes), "left"
     for name in knobs:
         # Rich would wrap within words.
         table.add_column(name.replace("_", "\n"), no_wrap=True)
-    for trial in trials:
-        attributes = trial.user_attrs
-        duration = trial.duration.total_seconds() if trial.duration else float("nan")
-        cells = {
-            "trial": str(trial.number),
-            metric: _short(metric_value(trial)),
-            "agreement": _optional(attributes.get("agreement"), ".4f"),
-            "SQNR dB": _optional(attributes.get("sqnr_db"), ".1f"),
-            "latency [95 %]": _latency(attributes),
-            "MB": figure(attributes["size_bytes"] / 1e6),
-            "s": f"{duration:.1f}",
-        }
-        table.add_row(
-            *(cells[name] for name in numbers),
-            *(str(trial.params.get(name, "")) for name in knobs),
-        )
+    for trial, *cells in zip(trials, *(column for _, column in columns), strict=True):
+        table.add_row(*cells, *(str(trial.params.get(name, "")) for name in knobs))
     return table
-
-
-def _knobs(params: Mapping[str, Any], names: Iterable[str]) -> str:
-    return ", ".join(f"{name} {params[name]}" for name in names if name in params)
-
-
-def _latency(attributes: Mapping[str, Any]) -> str:
-    ratio = f"{attributes['latency_ratio']:.2f}x"
-    if "latency_low" not in attributes:
-        return ratio
-    return f"{ratio} [{attributes['latency_low']:.2f}, {attributes['latency_high']:.2f}]"
-
-
-def _optional(number: float | None, style: str) -> str:
-    return "" if number is None else f"{number:{style}}"
-
-
-def figure(number: float) -> str:
-    """Two decimals, but at least three digits: tiny models take 0.0124 ms and have 0.0521 MB."""
-    zeros = -math.floor(math.log10(number)) - 1 if 0 < number < 1 else -1
-    return f"{number:.{max(2, 3 + zeros)}f}"
-
-
-def _short(number: float) -> str:
-    """Accuracies and ratios with four decimals, bytes without."""
-    return f"{number:.4f}" if abs(number) < 1000 else f"{number:,.0f}"
 
 
 def result_table(result: TuningResult) -> Table:
     """The float model and the written one, side by side."""
     table = Table(title="Before and after", title_justify="left")
-    table.add_column("")
-    table.add_column("float", justify="right")
-    table.add_column("int8", justify="right")
-    table.add_column("difference", justify="right")
-    everything = result.all_inputs
-    name = f"all {everything.inputs} inputs" if everything.inputs else "inputs of your own"
-    _add_comparison(table, name, everything, result.metric)
-    if result.held_out is not None:
-        name = f"{result.held_out.inputs} inputs held out of the search"
-        _add_comparison(table, name, result.held_out, result.metric)
-    table.add_row(
-        "size",
-        f"{figure(result.float_bytes / 1e6)} MB",
-        f"{figure(result.quantized_bytes / 1e6)} MB",
-        f"{result.quantized_bytes / result.float_bytes:.2f}x",
-    )
-    latency = result.latency
-    table.add_row(
-        "latency, batch 1",
-        f"{figure(latency.reference_median_ms)} ms",
-        f"{figure(latency.median_ms)} ms",
-        f"{latency.ratio:.2f}x [{latency.low:.2f}, {latency.high:.2f}]",
-    )
+    for column in RESULT_COLUMNS:
+        table.add_column(column, justify="right" if column else "left")
+    for section in result_sections(result.summary):
+        if section.title:
+            table.add_row(f"[bold]{section.title}")
+        for row in section.rows:
+            name = f"  {row.name}" if section.title else row.name
+            table.add_row(name, row.float_model, row.quantized, row.difference)
+        table.add_section()
     return table
-
-
-def _add_comparison(table: Table, name: str, comparison: Comparison, metric: ChosenMetric) -> None:
-    table.add_section()
-    table.add_row(f"[bold]{name}")
-    before, after = comparison.float_model, comparison.quantized
-    for field, label, first, second in (
-        ("top1", "top-1", before.top1, after.top1),
-        ("top5", "top-5", before.top5, after.top5),
-    ):
-        if first is None or second is None:
-            continue
-        change = f"{100 * (second - first):+.2f} points"
-        if field == metric.name and comparison.difference is not None:
-            change += f" {_points(comparison.difference)}"
-        table.add_row(f"  {label}", f"{first:.4f}", f"{second:.4f}", change)
-    if before.own is not None and after.own is not None:
-        change = f"{after.own - before.own:+.4g}"
-        if comparison.difference is not None:
-            interval = comparison.difference
-            change += f" [{interval.low:+.4g}, {interval.high:+.4g}]"
-        table.add_row(f"  {metric.name}", f"{before.own:.4g}", f"{after.own:.4g}", change)
-    if after.agreement is not None:
-        change = ""
-        if metric.name == "agreement" and comparison.difference is not None:
-            change = f"{100 * (after.agreement - 1):+.2f} points "
-            change += _points(comparison.difference)
-        table.add_row("  agreement with float", "", f"{after.agreement:.4f}", change)
-    if after.sqnr_db is not None:
-        table.add_row("  output SQNR", "", f"{after.sqnr_db:.1f} dB", "")
-    table.add_section()
-
-
-def _points(interval: Interval) -> str:
-    return f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
 
 
 def layers_table(model: FloatModel) -> Table:
