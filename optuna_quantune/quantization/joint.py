@@ -86,7 +86,7 @@ class JointNoise:
         self._model = quantizer.model
         first = math.ceil(_FIRST * len(inputs))
         self._feeds = [
-            _in_batches(part) if self._model.takes_batches and _alike(inputs) else part
+            _in_batches(part) if self._model.takes_batches and alike(inputs) else part
             for part in (inputs[:first], inputs[first:])
             if part
         ]
@@ -210,14 +210,20 @@ def joint_error(
     return JointError(float(np.mean(ratios)), confusion, gain)
 
 
-def _alike(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
+def alike(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
     """Whether all inputs have the same shapes, so that they can share a batch."""
     return len({tuple(feed[name].shape for name in feed) for feed in inputs}) == 1
 
 
-def _in_batches(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, NDArray[Any]]]:
-    parts = [inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH)]
-    return [{n: np.concatenate([feed[n] for feed in part]) for n in part[0]} for part in parts]
+def joined(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray[Any]]:
+    """Inputs that are alike in one batch."""
+    if len(inputs) == 1:
+        return inputs[0]
+    return {name: np.concatenate([feed[name] for feed in inputs]) for name in inputs[0]}
+
+
+def _in_batches(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> list[Mapping[str, NDArray[Any]]]:
+    return [joined(inputs[start : start + _BATCH]) for start in range(0, len(inputs), _BATCH)]
 
 
 def _centered(values: NDArray[np.float32]) -> NDArray[np.float64]:

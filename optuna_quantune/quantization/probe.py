@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.pipeline import available_cores
+from optuna_quantune.pipeline import ordered_map
 from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.disturbance import DisturbableModel
 from optuna_quantune.quantization.disturbance import Disturbance
 from optuna_quantune.quantization.disturbance import Values
+from optuna_quantune.quantization.joint import alike
+from optuna_quantune.quantization.joint import joined
 from optuna_quantune.quantization.joint import JointNoise
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.quantizer import Quantizer
@@ -45,6 +50,9 @@ PROBED: Final = QuantizationConfig(granularity="tensor")
 # Values computed for all probes together. Of a large network each tensor is probed on one input,
 # of a small one on all.
 _VALUE_BUDGET: Final = 300_000_000
+# Values that are computed at a time, about: a run of a small model is over before its call is, so
+# that inputs share one.
+_BATCH_VALUES: Final = 1 << 21
 # Share of the largest magnitudes that is clipped of a tensor which its range does not clip.
 _CLIPPED_SHARE: Final = 1e-3
 # Clipping that is a smaller share of every configuration's noise is not probed.
@@ -100,15 +108,17 @@ def probe(
         quantizer: Of the float model; its steps, ranges and weights are the ones injected.
         inputs: Inputs of batch size 1, by name; only as many are read as are needed, at most
             `PROBE_INPUTS`.
-        threads: Threads that share one run; None is one for each core.
-        progress: Called after every input with the inputs done and the inputs in all.
+        threads: Runs side by side, each in a thread of its own; None is one for each core.
+        progress: Called after every input, or several, with the inputs done and the inputs in all.
 
     Raises:
         InputError: If an output changes its shape with a little noise.
     """
     model, ranges, steps = quantizer.model, quantizer.clipping_ranges(), _steps(quantizer)
     tensors, weights = list(ranges), _weights(quantizer, PROBED)
-    disturbable = DisturbableModel(model, tensors, weights, threads=threads)
+    # Runs are many, and independent: side by side they use the cores better than one after another
+    # in several threads each.
+    disturbable = DisturbableModel(model, tensors, weights, threads=1)
     queue = iter(inputs)
     feeds = list(islice(queue, _FEWEST_INPUTS))
     first = disturbable.start(feeds[0])
@@ -118,39 +128,55 @@ def probe(
     repeats = int(np.clip(runs, 1, len(feeds)))
     together = _joint_inputs(values_a_run)
     joint = [*feeds, *islice(queue, max(0, together - len(feeds)))][:together]
-    moments, outputs = _Moments(model.layers), _Outputs(disturbable)
-    rounding, clipping, tail, single = (_Gains(outputs) for _ in range(4))
-    begun: list[tuple[list[str], Values]] = []
-    for number, feed in enumerate(feeds):
-        values = disturbable.start(feed) if number else first
-        moments.add(values)
-        outputs.add(values)
-        chosen = _due(tensors, number, repeats, len(feeds))
-        for tensor in chosen:
-            error = Disturbance(tensor, _rounding_error(values[tensor], steps[tensor]))
-            outputs.measure(error, values, rounding, tensor)
-        turn = _due(list(weights), number, repeats, len(feeds))
-        for weight, changes in disturbable.changes(turn, values).items():
-            for change in changes:
-                # What layers with the same weight do adds up.
-                outputs.measure(change, values, single, weight, power_in=1.0 / len(changes))
-        kept = disturbable.kept | set(chosen)
-        begun.append((chosen, {name: values[name] for name in kept}))
-        if progress is not None:
-            progress(number + 1, len(feeds))
     # Where a probe costs next to nothing, none is spared.
     spared = repeats < len(feeds)
-    clipped = _clipped(quantizer, steps, rounding) if spared else set(tensors)
-    for chosen, values in begun:
-        for tensor in chosen:
-            value = values[tensor]
-            beyond = np.clip(value, *ranges[tensor]) - value
-            if tensor in clipped and np.any(beyond):
-                outputs.measure(Disturbance(tensor, beyond), values, clipping, tensor)
-            elif tensor in clipped and tensor not in clipping:
-                limit = np.quantile(np.abs(value), 1.0 - _CLIPPED_SHARE)
-                beyond = np.clip(value, -limit, limit) - value
-                outputs.measure(Disturbance(tensor, beyond), values, tail, tensor)
+    batch_size = 1
+    if model.takes_batches and alike(feeds) and not spared:
+        batch_size = int(np.clip(_BATCH_VALUES // values_a_run, 1, len(feeds)))
+    moments, outputs = _Moments(model.layers), _Outputs(disturbable)
+    rounding, clipping, tail, single = (_Gains(outputs) for _ in range(4))
+    begun: list[tuple[list[str], _Batch]] = []
+
+    def small_errors() -> Iterator[_Error]:
+        done = 0
+        for batch in _batches(disturbable, feeds, first, batch_size):
+            moments.add(batch)
+            outputs.add(batch)
+            chosen = _due(tensors, done, repeats, len(feeds))
+            for tensor in chosen:
+                error = _rounding_error(batch.values[tensor], steps[tensor])
+                yield _Error(rounding, tensor, Disturbance(tensor, error), batch)
+            turn = _due(list(weights), done, repeats, len(feeds))
+            for weight, changes in disturbable.changes(turn, batch.values).items():
+                for change in changes:
+                    # What layers with the same weight do adds up.
+                    yield _Error(single, weight, change, batch, 1.0 / len(changes))
+            kept = disturbable.kept | set(chosen)
+            begun.append((chosen, batch.only(kept)))
+            done += batch.size
+            if progress is not None:
+                progress(done, len(feeds))
+
+    def clipping_errors() -> Iterator[_Error]:
+        clipped = _clipped(quantizer, steps, rounding) if spared else set(tensors)
+        beyond_range: set[str] = set()
+        for chosen, batch in begun:
+            for tensor in chosen:
+                if tensor not in clipped:
+                    continue
+                value = batch.values[tensor]
+                error = np.clip(value, *ranges[tensor]) - value
+                if np.any(error):
+                    beyond_range.add(tensor)
+                    yield _Error(clipping, tensor, Disturbance(tensor, error), batch)
+                elif tensor not in beyond_range:
+                    error = _tail_error(value, batch.size)
+                    yield _Error(tail, tensor, Disturbance(tensor, error), batch)
+
+    workers = threads or available_cores()
+    for errors in (small_errors, clipping_errors):
+        for effect in ordered_map(outputs.measure, errors(), workers=workers):
+            effect.error.gains.add(effect)
     for tensor in tensors:
         clipping.fall_back(tensor, tail, rounding)
     return Probe(
@@ -162,6 +188,66 @@ def probe(
         channel_power=moments.power(),
         output_power=outputs.power,
         joint=JointNoise(quantizer, joint, threads=threads),
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some undisturbed inputs that are run at once.
+
+    Attributes:
+        values: Their values by name.
+        size: How many they are.
+    """
+
+    values: Values
+    size: int
+
+    def rows(self, name: str) -> NDArray[np.float32]:
+        """A value, with a row for each input."""
+        rows: NDArray[np.float32] = self.values[name].reshape(self.size, -1)
+        return rows
+
+    def only(self, names: Iterable[str]) -> _Batch:
+        """With these values alone."""
+        return _Batch({name: self.values[name] for name in names}, self.size)
+
+
+def _batches(
+    model: DisturbableModel, feeds: Sequence[Values], first: Values, size: int
+) -> Iterator[_Batch]:
+    """Runs all inputs, `size` at a time if all that is computed has an axis for them.
+
+    Args:
+        model: The model.
+        feeds: The inputs.
+        first: The values of the first one.
+        size: How many share a run, the last ones excepted.
+    """
+    values = first
+    if size > 1:
+        values = model.start(joined(feeds[:size]))
+        if not all(_is_stacked(value, first[name], size) for name, value in values.items()):
+            values, size = first, 1
+    yield _Batch(values, size)
+    for start in range(size, len(feeds), size):
+        part = feeds[start : start + size]
+        yield _Batch(model.start(joined(part)), len(part))
+
+
+def _is_stacked(value: object, single: object, inputs: int) -> bool:
+    """Whether what is computed of several inputs stands input by input along its first axis.
+
+    Args:
+        value: What is computed; a sequence is no array.
+        single: The same of one input.
+        inputs: How many they are.
+    """
+    return (
+        isinstance(value, np.ndarray)
+        and isinstance(single, np.ndarray)
+        and value.shape[:1] == (inputs,)
+        and single.shape == (1, *value.shape[1:])
     )
 
 
@@ -232,21 +318,66 @@ def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float
     return error
 
 
+def _tail_error(value: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
+    """The error when of each input the largest magnitudes are clipped."""
+    rows = value.reshape(inputs, -1)
+    limit = np.quantile(np.abs(rows), 1.0 - _CLIPPED_SHARE, axis=1, keepdims=True)
+    error: NDArray[np.float32] = np.clip(rows, -limit, limit) - rows
+    return error.reshape(value.shape)
+
+
+@dataclass(frozen=True)
+class _Error:
+    """An error in one tensor of some inputs.
+
+    Attributes:
+        gains: What it is measured for.
+        name: Whose gain it shows.
+        disturbance: The error of all inputs.
+        batch: The inputs.
+        power: What counts as its power; None is the one that it has.
+    """
+
+    gains: _Gains
+    name: str
+    disturbance: Disturbance
+    batch: _Batch
+    power: float | None = None
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """What an error changes, summed over its inputs.
+
+    Attributes:
+        error: The error.
+        power_in: Its power.
+        powers: What comes of it at each output.
+        scaling: The part of them that only scales the output.
+    """
+
+    error: _Error
+    power_in: float
+    powers: NDArray[np.float64]
+    scaling: NDArray[np.float64]
+
+
 class _Outputs:
     """What errors change in the outputs of a model."""
 
     def __init__(self, model: DisturbableModel) -> None:
         self._model = model
-        self._powers: list[list[float]] = []
+        self._powers: list[NDArray[np.float64]] = []
 
     @property
     def power(self) -> float:
         """Mean square of an undisturbed output value."""
         return self.joint(np.mean(self._powers, axis=0))
 
-    def add(self, values: Values) -> None:
-        """Takes the outputs of an undisturbed input into account."""
-        self._powers.append([_power(values[name]) for name in self._model.names])
+    def add(self, batch: _Batch) -> None:
+        """Takes the outputs of undisturbed inputs into account."""
+        powers = [_powers(batch.rows(name)) for name in self._model.names]
+        self._powers.extend(np.stack(powers, axis=1))
 
     def joint(self, powers: NDArray[np.float64]) -> float:
         """Mean square of a value of all outputs, from that of each; one output counts as it is."""
@@ -255,45 +386,49 @@ class _Outputs:
         own = np.mean(self._powers, axis=0)
         return float(np.mean(powers / np.where(own > 0.0, own, 1.0)))
 
-    def measure(
-        self,
-        disturbance: Disturbance,
-        values: Values,
-        gains: _Gains,
-        name: str,
-        *,
-        power_in: float | None = None,
-    ) -> None:
-        """Adds to `gains` what a disturbance of an input changes, unless it is none."""
-        if power_in is None:
-            power_in = _power(disturbance.error)
-        if power_in == 0.0:
-            return
-        names = self._model.names
-        reference = [values[name] for name in names]
-        change = _differences(names, self._model.run(disturbance, values), reference)
-        change = [_limited(*pair) for pair in zip(change, reference, strict=True)]
-        powers = np.array([_power(output) for output in change])
-        share = _scaling(change[0], reference[0]) / powers[0] if powers[0] > 0.0 else 0.0
-        gains.add(name, power_in, powers, share)
+    def measure(self, error: _Error) -> _Effect:
+        """Runs the model with an error, unless it is none."""
+        names, batch, disturbance = self._model.names, error.batch, error.disturbance
+        power_in = _powers(disturbance.error.reshape(batch.size, -1))
+        if error.power is not None:
+            power_in = np.full(batch.size, error.power)
+        if not power_in.any():
+            return _Effect(error, 0.0, np.zeros(len(names)), np.zeros(len(names)))
+        disturbed = self._model.run(disturbance, batch.values)
+        _check_shapes(names, disturbed, batch.values)
+        references = [batch.rows(name) for name in names]
+        changes = [
+            _limited(after.reshape(before.shape) - before, before)
+            for after, before in zip(disturbed, references, strict=True)
+        ]
+        # Beside others, an input without an error changes by what the order of sums does to it.
+        powers = np.array([_powers(change) for change in changes]) * (power_in > 0.0)
+        scaling = _scaling(changes[0], references[0])
+        share = np.divide(scaling, powers[0], out=np.zeros(batch.size), where=powers[0] > 0.0)
+        return _Effect(error, float(power_in.sum()), powers.sum(axis=1), powers @ share)
 
 
 def _limited(change: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A change of an output, no larger than a few times its values.
+    """Changes of an output, no larger than a few times its values; a row is that of an input.
 
     What was a little above 0 is not after rounding: its logarithm or root is no number then.
     """
-    limit = _LARGEST_CHANGE * float(np.abs(reference).max(initial=0.0))
-    return np.clip(np.nan_to_num(change, nan=limit, posinf=limit, neginf=-limit), -limit, limit)
+    limit = _LARGEST_CHANGE * np.abs(reference).max(axis=1, keepdims=True, initial=0.0)
+    change = np.where(np.isnan(change), limit, change)
+    limited: NDArray[np.float32] = np.clip(change, -limit, limit)
+    return limited
 
 
-def _scaling(change: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    """Power of the part of `change` that shifts all values alike or scales them."""
-    shift = float(np.mean(change, dtype=np.float64))
-    centered = reference - reference.mean()
-    spread = _power(centered)
-    common = float(np.vdot(change, centered)) / change.size
-    return shift**2 + (common**2 / spread if spread > 0.0 else 0.0)
+def _scaling(change: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Power of the part of each row of `change` that shifts all its values or scales them."""
+    shift = np.mean(change, axis=1, dtype=np.float64)
+    centered = reference - reference.mean(axis=1, keepdims=True)
+    spread = _powers(centered)
+    common = np.vecdot(change, centered).astype(np.float64) / change.shape[1]
+    scaled: NDArray[np.float64] = shift**2 + np.divide(
+        common**2, spread, out=np.zeros(len(change)), where=spread > 0.0
+    )
+    return scaled
 
 
 class _Gains:
@@ -314,14 +449,16 @@ class _Gains:
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._sums
 
-    def add(
-        self, tensor: str, power_in: float, powers: NDArray[np.float64], scaling: float
-    ) -> None:
-        before = self._sums.get(tensor, (0.0, np.zeros_like(powers), np.zeros_like(powers)))
-        self._sums[tensor] = (
-            before[0] + power_in,
-            before[1] + powers,
-            before[2] + scaling * powers,
+    def add(self, effect: _Effect) -> None:
+        """Takes an effect into account, unless its error is none."""
+        if effect.power_in == 0.0:
+            return
+        name, nothing = effect.error.name, np.zeros_like(effect.powers)
+        power_in, powers, scaling = self._sums.get(name, (0.0, nothing, nothing))
+        self._sums[name] = (
+            power_in + effect.power_in,
+            powers + effect.powers,
+            scaling + effect.scaling,
         )
 
     def fall_back(self, tensor: str, *others: _Gains) -> None:
@@ -343,23 +480,23 @@ class _Gains:
         return self._outputs.joint(self._sums[tensor][2]) / out if out > 0.0 else 0.0
 
 
-def _power(values: NDArray[np.float32]) -> float:
-    return float(np.vdot(values, values)) / values.size
+def _powers(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The power of each row."""
+    powers: NDArray[np.float64] = np.vecdot(rows, rows).astype(np.float64) / rows.shape[1]
+    return powers
 
 
-def _differences(
-    names: Sequence[str],
-    disturbed: Sequence[NDArray[np.float32]],
-    reference: Sequence[NDArray[np.float32]],
-) -> list[NDArray[np.float32]]:
-    for name, after, before in zip(names, disturbed, reference, strict=True):
+def _check_shapes(
+    names: Sequence[str], disturbed: Sequence[NDArray[np.float32]], reference: Values
+) -> None:
+    for name, after in zip(names, disturbed, strict=True):
+        before = reference[name]
         if after.shape != before.shape:
             raise InputError(
                 f"the model's output {name!r} changes its shape with a little noise, from "
                 f"{before.shape} to {after.shape}; cut the model before the step that selects "
                 "(a non-maximum suppression, for instance)"
             )
-    return [after - before for after, before in zip(disturbed, reference, strict=True)]
 
 
 class _Moments:
@@ -370,8 +507,10 @@ class _Moments:
         self._sums: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         self._count = 0
 
-    def add(self, values: Mapping[str, NDArray[np.float32]]) -> None:
-        self._count += 1
+    def add(self, batch: _Batch) -> None:
+        """Takes the values of some inputs into account."""
+        values, inputs = batch.values, batch.size
+        self._count += inputs
         found: dict[tuple[str, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         for layer in self._layers:
             value = values[layer.input]
@@ -381,7 +520,7 @@ class _Moments:
                 found[read] = _channel_moments(value, channel)
             mean, power = found[read]
             before = self._sums.get(layer.name, (np.zeros_like(mean), np.zeros_like(mean)))
-            self._sums[layer.name] = before[0] + mean, before[1] + power
+            self._sums[layer.name] = before[0] + inputs * mean, before[1] + inputs * power
 
     def mean(self) -> dict[str, NDArray[np.float64]]:
         return {name: sums[0] / self._count for name, sums in self._sums.items()}
@@ -394,5 +533,4 @@ def _channel_moments(
     value: NDArray[np.float32], channel: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     rows = np.moveaxis(value, channel, 0).reshape(value.shape[channel], -1)
-    power = np.einsum("ij,ij->i", rows, rows).astype(np.float64) / rows.shape[1]
-    return rows.mean(axis=1).astype(np.float64), power
+    return rows.mean(axis=1).astype(np.float64), _powers(rows)

@@ -11,9 +11,13 @@ from onnx import numpy_helper
 
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.quantization.calibration import calibrate
+from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.disturbance import DisturbableModel
+from optuna_quantune.quantization.disturbance import Values
 from optuna_quantune.quantization.joint import joint_error
 from optuna_quantune.quantization.joint import JointNoise
+from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.placement import place
@@ -238,6 +242,112 @@ def test_clipping_counts_as_scaling_as_far_as_a_line_explains_it(tmp_path: Path)
     share = np.mean(np.square(explained)) / np.mean(np.square(error))
     assert 0.1 < share < 0.999
     assert found.clipping_scaling["h"] == pytest.approx(share, rel=1e-3)
+
+
+def test_inputs_that_share_runs_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((40, 30)).astype(np.float32)
+    second = rng.standard_normal((30, 20)).astype(np.float32)
+    # Of different powers, and not all with values that are clipped.
+    inputs = rng.standard_t(2, (32, 40)).astype(np.float32) * np.linspace(0.1, 3.0, 32)[:, None]
+    feeds = one_by_one(inputs.astype(np.float32), 32)[::4]
+    quantizer = two_layers(tmp_path, first, second, inputs.astype(np.float32))
+    monkeypatch.setattr("optuna_quantune.quantization.probe._BATCH_VALUES", 3 * (40 + 30 + 20))
+    sizes = sizes_of_runs(monkeypatch)
+    together = probe(quantizer, feeds)
+    assert sizes == [1, 3, 3, 2]
+    sizes.clear()
+    quantizer.model = quantizer.model.one_at_a_time()
+    apart = probe(quantizer, feeds)
+    assert sizes == [1] * 8
+    assert_same(together, apart)
+
+
+def test_inputs_of_a_convolutional_network_share_runs(
+    toy_probe: Probe,
+    float_model: FloatModel,
+    toy_statistics: CalibrationStatistics,
+    toy_inputs: NDArray[np.float32],
+) -> None:
+    feeds = [{"input": toy_inputs[i : i + 1]} for i in range(8)]
+    assert_same(toy_probe, probe(Quantizer(float_model.one_at_a_time(), toy_statistics), feeds))
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [
+        (
+            helper.make_node("ReduceMean", ["x"], ["beside"], axes=[0]),
+            helper.make_node("Identity", ["beside"], ["level"]),
+        ),
+        (
+            helper.make_node("SplitToSequence", ["x"], ["beside"], axis=1),
+            helper.make_node("ConcatFromSequence", ["beside"], ["level"], axis=1),
+        ),
+    ],
+    ids=["mean", "sequence"],
+)
+def test_inputs_share_no_runs_where_a_value_has_no_axis_for_them(
+    begin: onnx.NodeProto, end: onnx.NodeProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    layers = []
+    for number in range(8):
+        read = f"h{number - 1}" if number else "x"
+        layers.append(helper.make_node("MatMul", [read, f"w{number}"], [f"h{number}"]))
+    shape = ["n", 30]
+    graph = helper.make_graph(
+        [begin, *layers, end, helper.make_node("Add", ["h7", "level"], ["y"])],
+        "beside",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+        [
+            numpy_helper.from_array(rng.normal(0.0, 0.2, (30, 30)).astype(np.float32), f"w{i}")
+            for i in range(8)
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, tmp_path / "beside.onnx")
+    prepared = load_float_model(tmp_path / "beside.onnx")
+    inputs = rng.standard_normal((8, 30)).astype(np.float32)
+    alone = prepared.one_at_a_time()
+    tensors = required_activations(place(prepared))
+    statistics = calibrate(alone, ArrayInputs({"x": inputs}), tensors, sizes=("all",))
+    sizes = sizes_of_runs(monkeypatch)
+    found = probe(Quantizer(prepared, statistics), one_by_one(inputs, 8))
+    assert sizes == [1, 8, *[1] * 7]  # it was tried
+    assert_same(found, probe(Quantizer(alone, statistics), one_by_one(inputs, 8)))
+
+
+def sizes_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Takes down how many inputs share each undisturbed run from now on."""
+    sizes: list[int] = []
+    start = DisturbableModel.start
+
+    def counted(self: DisturbableModel, feed: Values) -> Values:
+        sizes.append(len(feed["x"]))
+        return start(self, feed)
+
+    monkeypatch.setattr(DisturbableModel, "start", counted)
+    return sizes
+
+
+def assert_same(found: Probe, expected: Probe) -> None:
+    assert found.output_power == pytest.approx(expected.output_power, rel=1e-5)
+    for name in (
+        "rounding_gain",
+        "clipping_gain",
+        "clipping_scaling",
+        "weight_noise",
+        "channel_mean",
+        "channel_power",
+    ):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert list(ours) == list(theirs)
+        for key, value in ours.items():
+            np.testing.assert_allclose(value, theirs[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 def test_simulations_of_a_large_network_have_more_inputs_than_its_probes(
