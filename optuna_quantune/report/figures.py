@@ -160,6 +160,7 @@ def accuracy_against_latency(contents: Contents) -> ReportFigure:
     seen += [] if float_point is None else [float_point.value]
     outside = _focus(figure, _values(trials), seen, contents.direction)
     _lay_out(figure, _AXIS_TITLES["latency"], metric_title(contents.metric))
+    figure.update_layout(showlegend=True)  # also where all trials break a bound
     better = "Up" if contents.direction == "maximize" else "Down"
     return ReportFigure(
         title,
@@ -216,6 +217,7 @@ def history(contents: Contents) -> ReportFigure:
     ended = [_objective(trial) for trial in (*complete, *pruned)]
     outside = _focus(figure, ended, best[-1:], direction)
     _lay_out(figure, "trial (number)", metric_title(name))
+    figure.update_layout(showlegend=True)  # also where all trials break a bound
     figure.update_xaxes(tickformat="d")
     crosses = (
         "A cross is a trial that was stopped since it could no longer win. " if pruned else ""

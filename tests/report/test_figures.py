@@ -106,6 +106,15 @@ def test_what_breaks_a_bound_is_marked_and_is_never_the_best_so_far() -> None:
     assert list(course["best so far"].y) == [0.7, 0.8, 0.8]
 
 
+def test_where_all_trials_break_a_bound_the_legend_says_so() -> None:
+    trials = (measured(value, 0.5, 20.0, constraints={"size": 0.1}) for value in (0.7, 0.8))
+    contents = Contents.of(make_study(*trials))
+    for made in (accuracy_against_latency(contents), history(contents)):
+        assert list(traces(made)) == ["breaks a bound"]
+        assert made.figure is not None
+        assert made.figure.layout.showlegend
+
+
 @pytest.mark.parametrize(("direction", "best"), [("maximize", max), ("minimize", min)])
 def test_the_history_holds_the_best_so_far_and_pruned_trials_where_they_stopped(
     direction: str, best: Any
