@@ -34,10 +34,10 @@ from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.evaluation.runner import Provider
 from optuna_quantune.importing import import_function
-from optuna_quantune.model_file import check_writable
-from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
 from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.output_file import check_writable
+from optuna_quantune.output_file import write_model
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.lint import lint_model
@@ -46,7 +46,6 @@ from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.quantized_graph import load_quantized
 from optuna_quantune.report.console import config_lines
-from optuna_quantune.report.console import figure
 from optuna_quantune.report.console import finding_lines
 from optuna_quantune.report.console import layers_table
 from optuna_quantune.report.console import pareto_table
@@ -54,11 +53,16 @@ from optuna_quantune.report.console import predictions_table
 from optuna_quantune.report.console import result_table
 from optuna_quantune.report.console import trial_line
 from optuna_quantune.report.console import trials_table
+from optuna_quantune.report.dashboard import note_result
+from optuna_quantune.report.html import check_report
+from optuna_quantune.report.html import write_report
+from optuna_quantune.report.numbers import figure
 from optuna_quantune.report.progress import ProgressBars
 from optuna_quantune.report.sensitivity import float_layers_table
 from optuna_quantune.selection import Preference
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.studies import FINISHED
+from optuna_quantune.studies import load_study
 from optuna_quantune.target import Target
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
@@ -156,6 +160,11 @@ def _search_options(n_trials: int) -> Callable[[Command], Command]:
                 metavar="X",
                 help="A trial ends when its accuracy is certain to X (0.002 is 0.2 points, the "
                 "half width of the 95 % interval). [default: 0.002, at least two inputs]",
+            ),
+            click.option(
+                "--report",
+                metavar="HTML",
+                help="Write a report of the search: one HTML file with tables and figures.",
             ),
             click.option(
                 "--study-name",
@@ -436,6 +445,22 @@ def worker_command(
     click.echo(f"Ran {own} of the {finished} trials of study {study.study_name!r}.")
 
 
+@cli.command("report")
+@click.option("--storage", required=True, help="The study's database URL or journal file.")
+@click.option(
+    "--study-name", show_default="the only study of the storage", help="Name of the study."
+)
+@click.option("--output", required=True, metavar="HTML", help="HTML file to write.")
+def report_command(storage: str, study_name: str | None, output: str) -> None:
+    """Writes a report of a study: one HTML file with tables and figures.
+
+    It needs neither the model nor the inputs. A search that still runs is shown as it stands.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    check_report(output)
+    click.echo(f"wrote {write_report(load_study(storage, study_name), output)}")
+
+
 @cli.command("demo")
 @click.option("--output", default="demo.int8.onnx", metavar="PATH", help="Model to write.")
 @_goal_options
@@ -568,10 +593,13 @@ def _tune(
     calibration: InputSource,
     evaluation: InputSource | None,
     objectives: str,
+    report: str | None,
     providers: Sequence[str] = (),
     **options: Any,
 ) -> None:
     console = _stdout()
+    if report is not None:
+        check_report(report)
     with _progress() as progress:
         total = options["n_trials"]
 
@@ -589,7 +617,11 @@ def _tune(
             callbacks=[show],
             **options,
         )
+    if options["storage"] is not None:
+        note_result(result.study, result.summary)
     _print_result(console, result)
+    if report is not None:
+        console.print(f"Wrote {write_report(result.study, report)}.", highlight=False)
     if result.path is not None:
         _warn(_findings(onnx.load(result.path), result.float_model, result.target))
 

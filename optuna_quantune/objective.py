@@ -58,7 +58,7 @@ from optuna_quantune.goals import Outcome
 from optuna_quantune.ladder import Climb
 from optuna_quantune.ladder import Ladder
 from optuna_quantune.ladder import RANKS
-from optuna_quantune.model_file import write_model
+from optuna_quantune.output_file import write_model
 from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel

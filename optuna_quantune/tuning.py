@@ -34,10 +34,10 @@ from optuna_quantune.evaluation.latency import LatencyRatio
 from optuna_quantune.evaluation.runner import Provider
 from optuna_quantune.goals import Objective
 from optuna_quantune.goals import Outcome
-from optuna_quantune.model_file import check_writable
-from optuna_quantune.model_file import write_model
 from optuna_quantune.objective import DEFAULT_CACHE
 from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.output_file import check_writable
+from optuna_quantune.output_file import write_model
 from optuna_quantune.plan import SearchPlan
 from optuna_quantune.plan import SMALLEST_SPLIT
 from optuna_quantune.plan import split

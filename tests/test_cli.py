@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import optuna
 import pytest
 from numpy.typing import NDArray
 from onnx import helper
@@ -344,3 +345,54 @@ def test_a_worker_says_how_many_trials_it_ran_and_a_wrong_storage_is_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_reports_are_written_by_tune_and_of_a_study(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("plotly")
+    storage = ("--storage", "sqlite:///study.db", "--study-name", "toy")
+    code = call(folder, *TUNE, *storage, "--report", "own.html", monkeypatch=monkeypatch)
+    assert code == 0
+    assert "Wrote own.html." in capsys.readouterr().out
+    for arguments in (("--output", "a.html", *storage), ("--output", "b.html", *storage[:2])):
+        monkeypatch.setattr(sys, "argv", ["optuna-quantune", "report", *arguments])
+        main()
+    assert "wrote b.html" in capsys.readouterr().out
+    for name in ("own.html", "a.html", "b.html"):
+        page = (folder / name).read_text(encoding="utf-8")
+        assert "Quantization of model.onnx" in page
+        assert "Chosen configuration" in page
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ("no/such/folder/x.html", "report no/such/folder/x.html: cannot be written"),
+        ("model.onnx", "report model.onnx: must end with .html"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_the_search(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    report: str,
+    message: str,
+) -> None:
+    model = (folder / "model.onnx").read_bytes()
+    assert call(folder, *TUNE, "--report", report, monkeypatch=monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "trial" not in captured.out + captured.err
+    assert (folder / "model.onnx").read_bytes() == model
+    assert not (folder / "model.int8.onnx").exists()
+
+
+def test_a_study_in_a_storage_has_its_result_in_the_dashboards_note(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard")
+    storage = ("--storage", "sqlite:///study.db", "--study-name", "toy")
+    assert call(folder, *TUNE, *storage, monkeypatch=monkeypatch) == 0
+    study = optuna.load_study(study_name="toy", storage="sqlite:///study.db")
+    assert "# Quantization of model.onnx" in dashboard.get_note(study)

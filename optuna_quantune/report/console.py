@@ -20,7 +20,6 @@ from optuna_quantune.quantization.lint import channel_spread
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.remarks import recurrent_lines
-from optuna_quantune.report.numbers import figure as figure  # the command line takes it from here
 from optuna_quantune.report.numbers import short
 from optuna_quantune.report.result_rows import RESULT_COLUMNS
 from optuna_quantune.report.result_rows import result_sections

@@ -8,7 +8,7 @@ are written here, each of which carries a number that nobody can know before.
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import secrets
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -27,6 +27,8 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.output_file import check_folder
+from optuna_quantune.output_file import write_whole
 from optuna_quantune.report.contents import Contents
 from optuna_quantune.report.figures import report_figures
 from optuna_quantune.report.figures import ReportFigure
@@ -83,38 +85,41 @@ def write_report(study: optuna.Study, path: str | Path) -> Path:
         InputError: If no trial of the study has ended, plotly is not installed, or the file
             cannot be written.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"report {path}: there is no folder {path.parent}")
+    path = check_report(path)
     contents = Contents.of(study)
     if not any(trial.state.is_finished() for trial in contents.trials):
         raise InputError(
             f"study {contents.study_name!r}: no trial has ended yet; there is nothing to report"
         )
-    try:
-        from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs
 
-        figures = report_figures(contents)
-    except ImportError as error:
+    figures = report_figures(contents)
+    page = _page(contents, figures, get_plotlyjs())
+    # Names of files may hold bytes that are no characters.
+    return write_whole(page.encode(errors="backslashreplace"), path, "report")
+
+
+def check_report(path: str | Path) -> Path:
+    """Refuses a report that could not be written, before a search that it is to tell of.
+
+    Args:
+        path: The HTML file to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: If plotly is not installed, or the path is no HTML file that can be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"report {path}: must end with .html")
+    check_folder(path, "report")
+    if importlib.util.find_spec("plotly") is None:
         raise InputError(
             "report: needs plotly; install it with pip install 'optuna-quantune[report]'"
-        ) from error
-    _write(_page(contents, figures, get_plotlyjs()), path)
+        )
     return path
-
-
-def _write(page: Html, path: Path) -> None:
-    """Writes a file beside its final name and renames it, so no half report is ever left."""
-    half = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        # Names of files may hold bytes that are no characters.
-        half.write_text(page, encoding="utf-8", errors="backslashreplace")
-        half.replace(path)
-    except OSError as error:
-        raise InputError(f"report {path}: cannot be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is there only if something went wrong
-            half.unlink()
 
 
 def _page(contents: Contents, figures: Sequence[ReportFigure], plotly_js: str) -> Html:

@@ -359,7 +359,7 @@ def test_a_path_that_cannot_be_written_is_named(study: optuna.Study, tmp_path: P
         with pytest.raises(InputError, match=f"^report {re.escape(str(path))}: "):
             write_report(study, path)
     with pytest.raises(InputError, match="cannot be written"):
-        write_report(study, tmp_path / ("long" * 100))
+        write_report(study, tmp_path / f"{'long' * 100}.html")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from optuna_quantune.errors import InputError
-from optuna_quantune.model_file import check_writable
-from optuna_quantune.model_file import write_model
+from optuna_quantune.output_file import check_writable
+from optuna_quantune.output_file import write_model
 
 
 def test_a_written_model_is_whole_and_readable_as_other_files_are(

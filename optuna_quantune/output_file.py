@@ -1,4 +1,4 @@
-"""Writing a model file: checked before the work, and never left half written."""
+"""Writing a file that was asked for: checked before the work, and never left half written."""
 
 from __future__ import annotations
 
@@ -19,33 +19,59 @@ def check_writable(path: str | Path, float_model: str | Path) -> None:
             the float model itself, which would be lost.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"output {path}: is a folder; name the .onnx file to write")
+    check_folder(path, "output")
     if path.exists() and Path(float_model).exists() and path.samefile(float_model):
         raise InputError(f"output {path}: is the float model, which would be lost; name another")
+
+
+def check_folder(path: Path, what: str) -> None:
+    """Finds out before any work whether a file can be written to `path`.
+
+    Args:
+        path: The file to write.
+        what: What it is, for messages.
+
+    Raises:
+        InputError: If the folder is missing or cannot be written to, or `path` is a folder.
+    """
     try:
+        if path.is_dir():
+            raise InputError(f"{what} {path}: is a folder; name the file to write")
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp"):
             pass
     except OSError as error:
-        raise InputError(f"output {path}: cannot be written ({error.strerror})") from error
+        raise InputError(f"{what} {path}: cannot be written ({error.strerror})") from error
 
 
 def write_model(model: onnx.ModelProto, path: str | Path) -> Path:
-    """Writes a model beside its final name and renames it, so no half model is ever left.
+    """Writes a model.
 
     Raises:
         InputError: If the file cannot be written.
     """
-    path = Path(path)
+    return write_whole(model.SerializeToString(), Path(path), "output")
+
+
+def write_whole(data: bytes, path: Path, what: str) -> Path:
+    """Writes a file beside its final name and renames it, so no half file is ever left.
+
+    Args:
+        data: All of it.
+        path: The file to write.
+        what: What it is, for messages.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
     half: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             half = Path(file.name)
-            file.write(model.SerializeToString())
+            file.write(data)
         half.chmod(0o666 & ~_umask())
         half.replace(path)
     except OSError as error:
-        raise InputError(f"output {path}: cannot be written ({error.strerror})") from error
+        raise InputError(f"{what} {path}: cannot be written ({error.strerror})") from error
     finally:
         if half is not None:
             half.unlink(missing_ok=True)  # there only if something went wrong
