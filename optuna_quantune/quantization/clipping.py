@@ -7,6 +7,7 @@ share one threshold, so their magnitudes are folded together; otherwise each sid
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -219,8 +220,12 @@ def _kl_range(histogram: Histogram, bits: int, *, symmetric: bool) -> tuple[floa
     # leaves more of them to the other. (Glow's numQuantizedBins: 255 of 8 bits.)
     levels = (1 << bits) - 1
     below, above = -low, high
+    previous = math.nan
     for _ in range(_ROUNDS):
         share = below / (below + above)
+        if share == previous:  # as of values on one side, which has all levels
+            break
+        previous = share
         below, above = (
             _side_threshold(histogram, -low, levels * share, negative=True),
             _side_threshold(histogram, high, levels * (1.0 - share), negative=False),

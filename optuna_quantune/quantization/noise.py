@@ -372,16 +372,17 @@ def quantization_error(
         low: Smallest representable value.
         high: Largest representable value.
     """
-    if histogram.total == 0:
+    total = histogram.total
+    if total == 0:
         return 0.0, 0.0
-    x, counts = histogram.centers, histogram.counts
-    inside = (x >= low) & (x <= high)
-    rounding = np.where(np.abs(x) < scale / 2.0, x * x, scale * scale / 12.0)
-    beyond = np.where(x > high, x - high, low - x)
-    return (
-        float(counts[inside] @ rounding[inside]) / histogram.total,
-        float(counts[~inside] @ np.square(beyond[~inside])) / histogram.total,
-    )
+    x, counts, half = histogram.centers, histogram.counts, scale / 2.0
+    first, last = np.searchsorted(x, low), np.searchsorted(x, high, side="right")
+    zero = np.searchsorted(x, -half, side="right"), np.searchsorted(x, half)
+    start, stop = np.clip(zero, first, last)
+    lost = np.sum(counts[start:stop] * np.square(x[start:stop]))
+    rounded = counts[first:start].sum() + counts[stop:last].sum()
+    rounding = float(lost + scale * scale / 12.0 * rounded)
+    return rounding / total, histogram.cut_off(low, high) / total
 
 
 def layer_error(

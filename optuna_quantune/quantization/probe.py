@@ -306,8 +306,7 @@ def _clipped(quantizer: Quantizer, steps: Mapping[str, float], rounding: _Gains)
 
 def _lost(histogram: Histogram, low: float, high: float) -> float:
     """Mean square of what a range cuts off."""
-    x = histogram.centers
-    return float(histogram.counts @ np.square(x - np.clip(x, low, high))) / max(histogram.total, 1)
+    return histogram.cut_off(low, high) / max(histogram.total, 1)
 
 
 def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float32]:

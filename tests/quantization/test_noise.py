@@ -46,6 +46,19 @@ def test_expected_error_is_the_error_of_really_quantizing(clip: float, levels: i
     assert (clipping > rounding) == (clip < 2.0 or (clip < 3.0 and levels == 255))
 
 
+def test_what_a_range_without_negative_values_cuts_off_is_no_rounding() -> None:
+    values = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
+    accumulator = Accumulator()
+    accumulator.add(values)
+    scale = 0.5
+    rounding, clipping = quantization_error(
+        accumulator.counts().histogram(), scale, 0.0, 15 * scale
+    )
+    error = scale * np.clip(np.rint(values / scale), 0, 15) - values
+    assert rounding == pytest.approx(np.sum(np.square(error[values > 0])) / values.size, rel=0.03)
+    assert clipping == pytest.approx(np.sum(np.square(error[values < 0])) / values.size, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("op_type", "shape", "axis", "groups"),
     [
