@@ -25,6 +25,8 @@ from onnx import helper
 from onnx import NodeProto
 from onnx import TensorProto
 
+from optuna_quantune.pipeline import available_cores
+from optuna_quantune.pipeline import ordered_map
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.disturbance import behind
 from optuna_quantune.quantization.disturbance import Insertion
@@ -42,7 +44,7 @@ _SILENT: Final = 1e4
 _LOST: Final = 4.0
 # Share of the inputs that shows whether it is.
 _FIRST: Final = 0.25
-# Inputs that are run at once where the model takes batches.
+# Inputs that are run at once, at most, where the model takes batches.
 _BATCH: Final = 16
 
 
@@ -71,7 +73,7 @@ class JointNoise:
     Args:
         quantizer: Of the float model.
         inputs: A few inputs of batch size 1, by name.
-        threads: Threads that share one run; None is one for each core.
+        threads: Threads of all runs that are side by side; None is one for each core.
     """
 
     def __init__(
@@ -81,15 +83,17 @@ class JointNoise:
         *,
         threads: int | None = None,
     ) -> None:
-        self._threads = threads
+        self._workers = threads or available_cores()
         self._quantizer = quantizer
         self._model = quantizer.model
         first = math.ceil(_FIRST * len(inputs))
         self._feeds = [
-            _in_batches(part) if self._model.takes_batches and alike(inputs) else part
+            self._in_batches(part) if self._model.takes_batches and alike(inputs) else part
             for part in (inputs[:first], inputs[first:])
             if part
         ]
+        # Those that batches leave over; threads of one run wait for each other.
+        self._threads = max(1, self._workers // max(map(len, self._feeds)))
         self._names = [s.name for s in self._model.outputs if s.dtype.kind == "f"]
         self._sessions: dict[frozenset[str], onnxruntime.InferenceSession] = {}
         self._known: dict[tuple[bytes, ...], JointError] = {}
@@ -147,14 +151,22 @@ class JointNoise:
         tensors: frozenset[str],
         parameters: Mapping[str, NDArray[Any]],
     ) -> list[list[NDArray[np.float32]]]:
-        """For each input the outputs; in batches, as weights are packed anew for each run."""
+        """For each input the outputs."""
         session = self._session(tensors)
-        outputs = []
-        for feed in feeds:
+
+        def run(feed: Mapping[str, NDArray[Any]]) -> list[list[NDArray[np.float32]]]:
             batches = session.run(self._names, {**feed, **parameters})
             size = len(next(iter(feed.values()))) if self._model.takes_batches else 1
-            outputs += [[batch[n : n + 1] for batch in batches] for n in range(size)]
-        return outputs
+            return [[batch[n : n + 1] for batch in batches] for n in range(size)]
+
+        return list(itertools.chain(*ordered_map(run, feeds, workers=self._workers)))
+
+    def _in_batches(
+        self, inputs: Sequence[Mapping[str, NDArray[Any]]]
+    ) -> list[Mapping[str, NDArray[Any]]]:
+        """As few batches as keep all cores busy, as weights are packed anew for each run."""
+        size = min(_BATCH, math.ceil(len(inputs) / self._workers))
+        return [joined(inputs[start : start + size]) for start in range(0, len(inputs), size)]
 
     def _session(self, tensors: frozenset[str]) -> onnxruntime.InferenceSession:
         """The model with weights as inputs, and rounding behind `tensors`."""
@@ -220,10 +232,6 @@ def joined(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray
     if len(inputs) == 1:
         return inputs[0]
     return {name: np.concatenate([feed[name] for feed in inputs]) for name in inputs[0]}
-
-
-def _in_batches(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> list[Mapping[str, NDArray[Any]]]:
-    return [joined(inputs[start : start + _BATCH]) for start in range(0, len(inputs), _BATCH)]
 
 
 def _centered(values: NDArray[np.float32]) -> NDArray[np.float64]:
