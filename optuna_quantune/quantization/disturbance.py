@@ -203,8 +203,8 @@ class _ChangedLayers:
         graph = model.proto.graph
         self._constants = {tensor.name for tensor in graph.initializer}
         self._types = {
-            value.name: _with_free_space(value, graph)
-            for value in (*graph.input, *graph.value_info)
+            value.name: value
+            for value in _with_free_space([*graph.input, *graph.value_info], graph)
         }
         self.inputs = self._read(changes)
         self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
@@ -391,24 +391,27 @@ def behind(
     proto = _assemble(
         model,
         nodes,
-        [*(_with_free_space(types[name], graph) for name in begins), *inputs],
+        [*_with_free_space([types[name] for name in begins], graph), *inputs],
         [value for value in graph.output if value.name in written],
         model.weights if declared else {},
     )
     return proto, begins
 
 
-def _with_free_space(value: onnx.ValueInfoProto, graph: onnx.GraphProto) -> onnx.ValueInfoProto:
-    """A tensor's type without the sizes of images where they may be wrong.
+def _with_free_space(
+    values: list[onnx.ValueInfoProto], graph: onnx.GraphProto
+) -> list[onnx.ValueInfoProto]:
+    """Types of tensors without the sizes of images where they may be wrong.
 
     Shape inference counts windows of a pool with ``ceil_mode`` that begin beyond the image, too;
     ONNX Runtime's kernels leave those out.
     """
     if not any(attribute_of(node, "ceil_mode") for node in graph.node):
-        return value
-    free = copy_of(value)
-    for dimension in free.type.tensor_type.shape.dim[2:]:
-        dimension.Clear()
+        return values
+    free = [copy_of(value) for value in values]
+    for value in free:
+        for dimension in value.type.tensor_type.shape.dim[2:]:
+            dimension.Clear()
     return free
 
 
