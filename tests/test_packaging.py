@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_lowest_versions_that_are_tested_are_those_that_are_promised() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    promised = dict(re.findall(r"^([a-z-]+)>=([\d.]+)", "\n".join(project["dependencies"]), re.M))
+    extras = project["optional-dependencies"]
+    names = [*project["dependencies"], *extras["dashboard"], *extras["report"]]
+    promised = dict(re.findall(r"^([a-z-]+)>=([\d.]+)", "\n".join(names), re.M))
     del promised["xgboost"]  # the name of xgboost-cpu on another platform
     tested = dict(
         re.findall(r"^([a-z-]+)==([\d.]+)", (ROOT / "tests/lowest.txt").read_text(), re.M)

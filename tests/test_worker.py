@@ -50,10 +50,10 @@ def task(toy_model: Path, toy_inputs: NDArray[np.float32]) -> dict[str, object]:
 
 def test_a_worker_goes_on_with_what_tune_began(task, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     storage = str(tmp_path / "journal.log")
-    bounds = {"exact": True, "max_size": 10**9, "seed": 3}
+    never = optuna.pruners.NopPruner()
+    bounds = {"exact": True, "max_size": 10**9, "seed": 3, "pruner": never}
     began = tune(**task, space=NARROW, n_trials=2, storage=storage, study_name="toy", **bounds)
     assert work(**task, storage=storage).get_trials() == began.study.get_trials()  # has enough
-    never = optuna.pruners.NopPruner()
     study = work(**task, storage=storage, study_name="toy", n_trials=6, pruner=never)
     trials = study.get_trials()
     assert len(trials) == 6
@@ -66,7 +66,7 @@ def test_a_worker_goes_on_with_what_tune_began(task, tmp_path: Path) -> None:  #
     again = tune(**task, space=NARROW, n_trials=6, storage=storage, study_name="toy", **bounds)
     assert again.study.get_trials() == trials
     # Trials of both ran on the same inputs, so that one model gives the same number in either.
-    rerun = tune(**task, space=NARROW, n_trials=12, pruner=never, **bounds).study.trials
+    rerun = tune(**task, space=NARROW, n_trials=12, **bounds).study.trials
     values = {str(sorted(trial.params.items())): trial.value for trial in rerun}
     for trial in trials:
         assert trial.value == values[str(sorted(trial.params.items()))]
