@@ -49,7 +49,6 @@ from optuna_quantune.report.console import config_lines
 from optuna_quantune.report.console import finding_lines
 from optuna_quantune.report.console import layers_table
 from optuna_quantune.report.console import pareto_table
-from optuna_quantune.report.console import predictions_table
 from optuna_quantune.report.console import result_table
 from optuna_quantune.report.console import trial_line
 from optuna_quantune.report.console import trials_table
@@ -57,8 +56,10 @@ from optuna_quantune.report.dashboard import note_result
 from optuna_quantune.report.html import check_report
 from optuna_quantune.report.html import write_report
 from optuna_quantune.report.numbers import figure
+from optuna_quantune.report.predictions import float_layers_table
+from optuna_quantune.report.predictions import predict
+from optuna_quantune.report.predictions import predictions_table
 from optuna_quantune.report.progress import ProgressBars
-from optuna_quantune.report.sensitivity import float_layers_table
 from optuna_quantune.selection import Preference
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.studies import FINISHED
@@ -566,12 +567,12 @@ def inspect_command(
             progress=progress,
             **options,
         )
-        _ = objective.quantizer
+        least_noise = predict(objective)
     console.print(layers_table(objective.model))
     _print_findings(console, lint_model(objective.model))
-    console.print(predictions_table(objective, _PREDICTIONS_SHOWN))
+    console.print(predictions_table(objective, least_noise, shown=_PREDICTIONS_SHOWN))
     if objective.target.knobs.get("float_layers") != (0,):
-        console.print(float_layers_table(objective))
+        console.print(float_layers_table(objective, least_noise))
 
 
 def _objective_without_evaluation(

@@ -15,7 +15,6 @@ from rich.console import RenderResult
 from rich.table import Table
 
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
-from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.lint import channel_spread
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.model import FloatModel
@@ -108,9 +107,9 @@ def _table_of_trials(
     knobs, common = shared_knobs(trials)
     notes = []
     if common:
-        notes.append(f"The same in all: {knob_text(trials[0], common)}")
+        notes.append(f"The same in all: {knob_text(trials[0].params, common)}")
     if len(knobs) > most_knobs:
-        notes += [f"Trial {trial.number}: {knob_text(trial, knobs)}" for trial in trials]
+        notes += [f"Trial {trial.number}: {knob_text(trial.params, knobs)}" for trial in trials]
         knobs = []
     if notes:
         table.caption, table.caption_justify = "\n".join(notes), "left"
@@ -162,28 +161,6 @@ def finding_lines(findings: Iterable[Finding]) -> list[str]:
     """One line for each finding of `lint`, warnings first."""
     ordered = sorted(findings, key=lambda finding: finding.severity != "warning")
     return [f"{finding.severity}: {finding.message} [{finding.rule}]" for finding in ordered]
-
-
-def predictions_table(objective: QuantizationObjective, limit: int) -> Table:
-    """The configurations of a space with the least predicted noise, none of them run."""
-    table = Table(title="Least predicted noise, nothing run", title_justify="left")
-    table.add_column("predicted SQNR dB", justify="right")
-    table.add_column("rounding dB", justify="right")
-    table.add_column("clipping dB", justify="right")
-    table.add_column("weights dB", justify="right")
-    for name in objective.space:
-        table.add_column(name.replace("_", " "))
-    rows = [(objective.features(params), params) for params in objective.space.grid()]
-    rows.sort(key=lambda row: -row[0]["predicted_sqnr_db"])
-    for features, params in rows[:limit]:
-        table.add_row(
-            f"{features['predicted_sqnr_db']:.1f}",
-            f"{features['rounding_sqnr_db']:.1f}",
-            f"{features['clipping_sqnr_db']:.1f}",
-            f"{features['weights_sqnr_db']:.1f}",
-            *(str(params[name]) for name in objective.space),
-        )
-    return table
 
 
 def config_lines(result: TuningResult) -> str:

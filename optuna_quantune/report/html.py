@@ -285,7 +285,7 @@ def _trials_table(trials: Sequence[FrozenTrial], contents: Contents) -> Html:
         _row(row, kinds, marked=trial.number in marked)
         for trial, row in zip(trials, zip(*cells, strict=True), strict=True)
     ]
-    shared = knob_text(with_knobs[0], same) if same else ""
+    shared = knob_text(with_knobs[0].params, same) if same else ""
     return _join(
         _table([name.replace("_", " ") for name in names], kinds, body),
         _element("p", _text(f"The same in all: {shared}."), kind="faint") if same else Html(""),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -147,9 +149,9 @@ def shared_knobs(trials: Sequence[FrozenTrial]) -> tuple[list[str], list[str]]:
     return [name for name in knobs if name not in same], same
 
 
-def knob_text(trial: FrozenTrial, names: Iterable[str]) -> str:
-    """Some knobs of a trial in one line."""
-    return ", ".join(f"{name} {trial.params[name]}" for name in names if name in trial.params)
+def knob_text(params: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Some knobs of a configuration in one line."""
+    return ", ".join(f"{name} {params[name]}" for name in names if name in params)
 
 
 def first_line(error: object) -> str:
