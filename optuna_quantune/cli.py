@@ -149,7 +149,12 @@ def _input_options(command: Command) -> Command:
 def _search_options(n_trials: int) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for option in (
-            click.option("--seed", default=0, help="Seed of sampler and split."),
+            click.option(
+                "--seed",
+                type=click.IntRange(0, 2**32 - 1),
+                default=0,
+                help="Seed of sampler and split.",
+            ),
             click.option(
                 "--exact",
                 is_flag=True,

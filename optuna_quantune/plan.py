@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 from typing import Final
 
@@ -30,6 +31,22 @@ from optuna_quantune.target import Target
 PLAN_KEY: Final = "search"
 # Fewer evaluation inputs than this are not split: either half would say too little.
 SMALLEST_SPLIT: Final = 400
+
+# What the fields of a plan may be that nothing else checks; a storage may hold anything.
+_KINDS: Final[dict[str, type | UnionType]] = {
+    "metric": str | None,
+    "has_own_metric": bool,
+    "direction": str,
+    "target": str,
+    "sampler": str | None,
+    "max_accuracy_drop": float | int | None,
+    "max_latency": float | int | None,
+    "max_size": int | None,
+    "precision": float | int | None,
+    "exact": bool,
+    "seed": int,
+    "n_trials": int | None,
+}
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,9 @@ class SearchPlan:
                 "its search goes"
             )
         try:
+            for name, kind in _KINDS.items():
+                if not isinstance(found[name], kind):
+                    raise TypeError(f"{name} is {found[name]!r}")
             knobs = {
                 name: json_to_distribution(json.dumps(distribution))
                 for name, distribution in found["space"].items()

@@ -240,6 +240,8 @@ def tune(
     """
     start = time.perf_counter()
     _check_budget(n_trials, timeout)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: {seed} is not between 0 and {2**32 - 1}")
     if prefer not in (None, *get_args(Preference)):
         raise InputError(f"prefer {prefer!r}: use 'latency', 'size' or 'accuracy'")
     if output is not None:

@@ -185,6 +185,7 @@ def test_an_exhausted_space_ends_the_search(run) -> None:  # type: ignore[no-unt
         ({"output": "/"}, "output /: is a folder"),
         ({"space": "quantum"}, "search space 'quantum'"),
         ({"storage": "nosuchdb://host/x"}, "storage nosuchdb://host/x: cannot be opened"),
+        ({"seed": -1}, "seed: -1 is not between 0 and"),
         ({"storage": "no/such/folder/journal.log"}, "storage no/such/folder/journal.log"),
     ],
 )

@@ -111,7 +111,8 @@ def test_a_study_that_is_not_there_is_told_from_those_that_are(task, tmp_path: P
 def test_what_another_version_noted_is_refused(task, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     storage = str(tmp_path / "journal.log")
     study = tune(**task, n_trials=1, storage=storage, study_name="toy").study
-    for damaged in ({}, {**study.user_attrs["search"], "unheard_of": 1}, [1]):
+    noted = study.user_attrs["search"]
+    for damaged in ({}, {**noted, "unheard_of": 1}, {**noted, "seed": "0"}, [1]):
         study.set_user_attr("search", damaged)
         with pytest.raises(InputError, match="study 'toy': its search was noted by another ver"):
             work(**task, storage=storage)
