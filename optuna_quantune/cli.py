@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import json
 import logging
 import sys
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from typing import Final
 from typing import get_args
-from typing import TypeVar
 
 import click
 import onnx
@@ -23,22 +19,25 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import optuna_quantune
+from optuna_quantune.cli_options import data_options
+from optuna_quantune.cli_options import goal_options
+from optuna_quantune.cli_options import input_options
+from optuna_quantune.cli_options import read_config
+from optuna_quantune.cli_options import read_evaluation
+from optuna_quantune.cli_options import read_inputs
+from optuna_quantune.cli_options import read_provider
+from optuna_quantune.cli_options import search_options
 from optuna_quantune.demo import load_demo
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import Direction
 from optuna_quantune.evaluation.chosen_metric import MetricName
 from optuna_quantune.evaluation.dataset import ArrayInputs
-from optuna_quantune.evaluation.dataset import as_input_source
-from optuna_quantune.evaluation.dataset import ImageFolder
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.preprocessing import Preprocessing
-from optuna_quantune.evaluation.runner import Provider
 from optuna_quantune.importing import import_function
-from optuna_quantune.objective import DEFAULT_CACHE
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.output_file import check_writable
 from optuna_quantune.output_file import write_model
-from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.lint import lint_model
 from optuna_quantune.quantization.lint import lint_quantized
@@ -60,7 +59,6 @@ from optuna_quantune.report.predictions import float_layers_table
 from optuna_quantune.report.predictions import predict
 from optuna_quantune.report.predictions import predictions_table
 from optuna_quantune.report.progress import ProgressBars
-from optuna_quantune.selection import Preference
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.studies import FINISHED
 from optuna_quantune.studies import load_study
@@ -69,8 +67,6 @@ from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
 from optuna_quantune.worker import work
 
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Wide enough for the table of trials where the width is not known (a file or a pipe).
 _PLAIN_WIDTH: Final = 160
@@ -103,152 +99,6 @@ def cli() -> None:
     """Finds the int8 configuration of a float ONNX model that loses the least accuracy."""
 
 
-def _data_options(command: Command) -> Command:
-    target = click.option(
-        "--target",
-        default="cpu",
-        help="Device that the model is made for: cpu, arm64, tensorrt, qnn or vta.",
-    )
-    return _input_options(target(command))
-
-
-def _input_options(command: Command) -> Command:
-    for option in (
-        click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime."),
-        click.option(
-            "--cache",
-            default=DEFAULT_CACHE,
-            show_default="the user's cache folder",
-            help="Folder where calibration statistics are kept for the next run.",
-        ),
-        click.option(
-            "--provider",
-            "providers",
-            multiple=True,
-            metavar="NAME[:KEY=VALUE,...]",
-            help="ONNX Runtime execution provider with its options; several in order of "
-            "preference. By default the target's.",
-        ),
-        click.option(
-            "--data",
-            metavar="MODULE:FUNCTION",
-            help="In place of image folders: FUNCTION('calibration') and FUNCTION('evaluation') "
-            "give an array, arrays by input name, a calibration data reader or an InputSource.",
-        ),
-        click.option(
-            "--preprocessing",
-            metavar="JSON",
-            help="JSON file of the images' preprocessing: mean, std, scale, channel_order, "
-            "resize_short_side, crop, interpolation.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _search_options(n_trials: int) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in (
-            click.option(
-                "--seed",
-                type=click.IntRange(0, 2**32 - 1),
-                default=0,
-                help="Seed of sampler and split.",
-            ),
-            click.option(
-                "--exact",
-                is_flag=True,
-                help="Run every trial on all inputs, unless it can no longer be the best.",
-            ),
-            click.option(
-                "--precision",
-                type=click.FloatRange(0, 1, min_open=True),
-                metavar="X",
-                help="A trial ends when its accuracy is certain to X (0.002 is 0.2 points, the "
-                "half width of the 95 % interval). [default: 0.002, at least two inputs]",
-            ),
-            click.option(
-                "--report",
-                metavar="HTML",
-                help="Write a report of the search: one HTML file with tables and figures.",
-            ),
-            click.option(
-                "--study-name",
-                show_default="of the model's name and what is searched",
-                help="Name of the study in the storage.",
-            ),
-            click.option(
-                "--storage",
-                help="Database URL (sqlite:///x.db) or journal file; the same command again goes "
-                "on where it stopped.",
-            ),
-            click.option(
-                "--timeout",
-                type=click.FloatRange(min=0, min_open=True),
-                metavar="SECONDS",
-                help="No trial but the first begins later than this after the start.",
-            ),
-            click.option(
-                "--n-trials",
-                type=click.IntRange(1),
-                default=n_trials,
-                help="Trials in all, those already in the storage included.",
-            ),
-            click.option(
-                "--sampler",
-                default="quantune",
-                help="'quantune', a class of optuna.samplers, or module:factory.",
-            ),
-            click.option(
-                "--space", default="quantune", help="Preset, or JSON file of knobs and choices."
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def _goal_options(command: Command) -> Command:
-    for option in (
-        click.option(
-            "--prefer",
-            type=click.Choice(get_args(Preference)),
-            show_default="accuracy (the least noise) under a bound on latency or size, size if "
-            "only that is an objective, otherwise latency",
-            help="What decides among models that cannot be told from the best one.",
-        ),
-        click.option(
-            "--max-size",
-            type=click.IntRange(1),
-            metavar="BYTES",
-            help="Take the most accurate model whose file has at most so many bytes.",
-        ),
-        click.option(
-            "--max-latency",
-            type=click.FloatRange(0, min_open=True),
-            metavar="RATIO",
-            help="Take the most accurate model whose latency is at most RATIO times that of the "
-            "float model (0.5 is twice as fast).",
-        ),
-        click.option(
-            "--max-accuracy-drop",
-            type=click.FloatRange(0),
-            metavar="X",
-            help="Take the fastest model that loses at most X (0.01 is one point).",
-        ),
-        click.option(
-            "--objectives",
-            default="accuracy",
-            metavar="NAMES",
-            help="What is optimised, with commas between: accuracy (the metric), latency, size. "
-            "Several give a Pareto front.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @cli.command("tune")
 @click.argument("model")
 @click.option("--calibration", metavar="DIR", help="Images for calibration.")
@@ -274,10 +124,10 @@ def _goal_options(command: Command) -> Command:
     default="maximize",
     help="Which values of a FUNCTION of your own are better.",
 )
-@_goal_options
+@goal_options
 @click.option("--output", metavar="PATH", show_default="MODEL.int8.onnx", help="Model to write.")
-@_search_options(n_trials=20)
-@_data_options
+@search_options(n_trials=20)
+@data_options
 def tune_command(
     model: str,
     calibration: str | None,
@@ -293,8 +143,8 @@ def tune_command(
     """Searches the best int8 configuration of MODEL and writes the model."""
     _tune(
         model,
-        calibration=_inputs("calibration", calibration, data, preprocessing),
-        evaluation=_evaluation(evaluate, evaluation, data, preprocessing, labels),
+        calibration=read_inputs("calibration", calibration, data, preprocessing),
+        evaluation=read_evaluation(evaluate, evaluation, data, preprocessing, labels),
         metric=import_function(metric, "--metric") if metric and ":" in metric else metric,
         evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
         output=output or _beside(model),
@@ -302,69 +152,10 @@ def tune_command(
     )
 
 
-def _evaluation(
-    evaluate: str | None,
-    folder: str | None,
-    data: str | None,
-    preprocessing: str | None,
-    labels: str | None,
-) -> InputSource | None:
-    """The evaluation inputs; None where a loop of the user's brings its own."""
-    if evaluate is not None and folder is None:
-        return None
-    return _inputs("evaluation", folder, data, preprocessing, labels=labels)
-
-
-def _inputs(
-    split: str,
-    folder: str | None,
-    data: str | None,
-    preprocessing: str | None,
-    *,
-    labels: str | None = None,
-) -> InputSource:
-    """The inputs that the options ask for: an image folder, or what a function gives."""
-    if (folder is None) == (data is None):
-        raise InputError(f"--{split}: give a folder of images, or inputs by --data")
-    if data is None:
-        assert folder is not None
-        recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
-        return ImageFolder(folder, labels=labels, preprocessing=recipe)
-    if labels is not None or preprocessing is not None:
-        raise InputError("--data: its inputs bring their own labels and preprocessing")
-    function = import_function(data, "--data")
-    try:
-        inspect.signature(function).bind(split)
-    except TypeError as error:
-        raise InputError(
-            f"--data {data!r}: is called with 'calibration' or 'evaluation'; let it take that"
-        ) from error
-    try:
-        inputs = function(split)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a user's function raises
-        raise InputError(
-            f"--data {data!r}: fails for {split!r}: {type(error).__name__}: {error}"
-        ) from error
-    return as_input_source(inputs)
-
-
 def _beside(model: str) -> str:
     """Where the int8 model is written when nothing is said."""
     path = Path(model)
     return str(path.parent / f"{path.stem}.int8.onnx")
-
-
-def _provider(text: str) -> Provider:
-    """`NAME` or `NAME:key=value,...`."""
-    name, colon, settings = text.partition(":")
-    if not colon:
-        return name
-    pairs = [setting.partition("=") for setting in settings.split(",")]
-    if not all(key and equals for key, equals, _ in pairs):
-        raise InputError(f"--provider {text}: options must be KEY=VALUE with commas between")
-    return name, {key: value for key, _, value in pairs}
 
 
 @cli.command("worker")
@@ -409,7 +200,7 @@ def _provider(text: str) -> Provider:
     metavar="SECONDS",
     help="No trial begins later than this after the start.",
 )
-@_input_options
+@input_options
 def worker_command(
     model: str,
     calibration: str | None,
@@ -434,15 +225,14 @@ def worker_command(
         own += 1
         progress.console.print(trial_line(trial), highlight=False)
 
-    inputs = _evaluation(evaluate, evaluation, data, preprocessing, labels)
     with _progress() as progress:
         study = work(
             model,
-            calibration=_inputs("calibration", calibration, data, preprocessing),
-            evaluation=inputs,
+            calibration=read_inputs("calibration", calibration, data, preprocessing),
+            evaluation=read_evaluation(evaluate, evaluation, data, preprocessing, labels),
             metric=None if metric is None else import_function(metric, "--metric"),
             evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
-            providers=[_provider(text) for text in providers] or None,
+            providers=[read_provider(text) for text in providers] or None,
             progress=progress,
             callbacks=[show],
             **options,
@@ -469,8 +259,8 @@ def report_command(storage: str, study_name: str | None, output: str) -> None:
 
 @cli.command("demo")
 @click.option("--output", default="demo.int8.onnx", metavar="PATH", help="Model to write.")
-@_goal_options
-@_search_options(n_trials=20)
+@goal_options
+@search_options(n_trials=20)
 def demo_command(output: str, **options: Any) -> None:
     """Runs the whole job on a small model and images that come with the package."""
     data = load_demo()
@@ -497,7 +287,7 @@ def demo_command(output: str, **options: Any) -> None:
 )
 @click.option("--calibration", metavar="DIR", help="Images for calibration.")
 @click.option("--output", metavar="PATH", show_default="MODEL.int8.onnx", help="Model to write.")
-@_data_options
+@data_options
 def quantize_command(
     model: str,
     config: str,
@@ -509,12 +299,12 @@ def quantize_command(
 ) -> None:
     """Builds one configuration of MODEL."""
     path = output or _beside(model)
-    chosen = _read_config(config)
+    chosen = read_config(config)
     check_writable(path, model)
     with _progress() as progress:
-        objective = _objective_without_evaluation(
+        objective = _objective_withoutread_evaluation(
             model,
-            _inputs("calibration", calibration, data, preprocessing),
+            read_inputs("calibration", calibration, data, preprocessing),
             space=SearchSpace({"calibration_images": [chosen.calibration_images]}),
             progress=progress,
             **options,
@@ -538,7 +328,7 @@ def quantize_command(
 @click.option(
     "--space", default="quantune", help="Preset, or JSON file of knobs and choices, to predict."
 )
-@_data_options
+@data_options
 def inspect_command(
     model: str,
     calibration: str | None,
@@ -565,9 +355,9 @@ def inspect_command(
         _print_findings(console, lint_model(loaded))
         return
     with _progress() as progress:
-        objective = _objective_without_evaluation(
+        objective = _objective_withoutread_evaluation(
             model,
-            _inputs("calibration", calibration, data, preprocessing),
+            read_inputs("calibration", calibration, data, preprocessing),
             space=SearchSpace.load(space),
             progress=progress,
             **options,
@@ -580,7 +370,7 @@ def inspect_command(
         console.print(float_layers_table(objective, least_noise))
 
 
-def _objective_without_evaluation(
+def _objective_withoutread_evaluation(
     model: str, inputs: InputSource, *, providers: Sequence[str], **options: Any
 ) -> QuantizationObjective:
     return QuantizationObjective(
@@ -588,7 +378,7 @@ def _objective_without_evaluation(
         calibration=inputs,
         evaluation=inputs,
         metric="sqnr_db",
-        providers=[_provider(text) for text in providers] or None,
+        providers=[read_provider(text) for text in providers] or None,
         **options,
     )
 
@@ -618,7 +408,7 @@ def _tune(
             calibration=calibration,
             evaluation=evaluation,
             objectives=[name.strip() for name in objectives.split(",")],  # type: ignore[misc]
-            providers=[_provider(text) for text in providers] or None,
+            providers=[read_provider(text) for text in providers] or None,
             progress=progress,
             callbacks=[show],
             **options,
@@ -660,18 +450,6 @@ def _findings(
 def _warn(findings: Sequence[Finding]) -> None:
     for line in finding_lines(item for item in findings if item.severity == "warning"):
         click.echo(line, err=True)
-
-
-def _read_config(text: str) -> QuantizationConfig:
-    try:
-        knobs = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--config {text}: neither a JSON object nor a file of one ({error})"
-        ) from error
-    if not isinstance(knobs, dict):
-        raise InputError(f"--config {text}: must be a JSON object from knob to value")
-    return QuantizationConfig.from_dict(knobs)
 
 
 def _stdout() -> Console:

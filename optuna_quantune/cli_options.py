@@ -1,0 +1,254 @@
+"""Options that several commands have, and what their texts are read into."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from typing import get_args
+from typing import TypeVar
+
+import click
+
+from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import as_input_source
+from optuna_quantune.evaluation.dataset import ImageFolder
+from optuna_quantune.evaluation.dataset import InputSource
+from optuna_quantune.evaluation.preprocessing import Preprocessing
+from optuna_quantune.evaluation.runner import Provider
+from optuna_quantune.importing import import_function
+from optuna_quantune.objective import DEFAULT_CACHE
+from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.selection import Preference
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def data_options(command: Command) -> Command:
+    """Where inputs come from, where the model will run, and how it is run here."""
+    target = click.option(
+        "--target",
+        default="cpu",
+        help="Device that the model is made for: cpu, arm64, tensorrt, qnn or vta.",
+    )
+    return input_options(target(command))
+
+
+def input_options(command: Command) -> Command:
+    """The same without the target, which a study that is joined has already."""
+    for option in (
+        click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime."),
+        click.option(
+            "--cache",
+            default=DEFAULT_CACHE,
+            show_default="the user's cache folder",
+            help="Folder where calibration statistics are kept for the next run.",
+        ),
+        click.option(
+            "--provider",
+            "providers",
+            multiple=True,
+            metavar="NAME[:KEY=VALUE,...]",
+            help="ONNX Runtime execution provider with its options; several in order of "
+            "preference. By default the target's.",
+        ),
+        click.option(
+            "--data",
+            metavar="MODULE:FUNCTION",
+            help="In place of image folders: FUNCTION('calibration') and FUNCTION('evaluation') "
+            "give an array, arrays by input name, a calibration data reader or an InputSource.",
+        ),
+        click.option(
+            "--preprocessing",
+            metavar="JSON",
+            help="JSON file of the images' preprocessing: mean, std, scale, channel_order, "
+            "resize_short_side, crop, interpolation.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def search_options(n_trials: int) -> Callable[[Command], Command]:
+    """How a search goes, and what it leaves.
+
+    Args:
+        n_trials: The default number of trials.
+    """
+
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option(
+                "--seed",
+                type=click.IntRange(0, 2**32 - 1),
+                default=0,
+                help="Seed of sampler and split.",
+            ),
+            click.option(
+                "--exact",
+                is_flag=True,
+                help="Run every trial on all inputs, unless it can no longer be the best.",
+            ),
+            click.option(
+                "--precision",
+                type=click.FloatRange(0, 1, min_open=True),
+                metavar="X",
+                help="A trial ends when its accuracy is certain to X (0.002 is 0.2 points, the "
+                "half width of the 95 % interval). [default: 0.002, at least two inputs]",
+            ),
+            click.option(
+                "--report",
+                metavar="HTML",
+                help="Write a report of the search: one HTML file with tables and figures.",
+            ),
+            click.option(
+                "--study-name",
+                show_default="of the model's name and what is searched",
+                help="Name of the study in the storage.",
+            ),
+            click.option(
+                "--storage",
+                help="Database URL (sqlite:///x.db) or journal file; the same command again goes "
+                "on where it stopped.",
+            ),
+            click.option(
+                "--timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                metavar="SECONDS",
+                help="No trial but the first begins later than this after the start.",
+            ),
+            click.option(
+                "--n-trials",
+                type=click.IntRange(1),
+                default=n_trials,
+                help="Trials in all, those already in the storage included.",
+            ),
+            click.option(
+                "--sampler",
+                default="quantune",
+                help="'quantune', a class of optuna.samplers, or module:factory.",
+            ),
+            click.option(
+                "--space", default="quantune", help="Preset, or JSON file of knobs and choices."
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def goal_options(command: Command) -> Command:
+    """What a search is for."""
+    for option in (
+        click.option(
+            "--prefer",
+            type=click.Choice(get_args(Preference)),
+            show_default="accuracy (the least noise) under a bound on latency or size, size if "
+            "only that is an objective, otherwise latency",
+            help="What decides among models that cannot be told from the best one.",
+        ),
+        click.option(
+            "--max-size",
+            type=click.IntRange(1),
+            metavar="BYTES",
+            help="Take the most accurate model whose file has at most so many bytes.",
+        ),
+        click.option(
+            "--max-latency",
+            type=click.FloatRange(0, min_open=True),
+            metavar="RATIO",
+            help="Take the most accurate model whose latency is at most RATIO times that of the "
+            "float model (0.5 is twice as fast).",
+        ),
+        click.option(
+            "--max-accuracy-drop",
+            type=click.FloatRange(0),
+            metavar="X",
+            help="Take the fastest model that loses at most X (0.01 is one point).",
+        ),
+        click.option(
+            "--objectives",
+            default="accuracy",
+            metavar="NAMES",
+            help="What is optimised, with commas between: accuracy (the metric), latency, size. "
+            "Several give a Pareto front.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def read_evaluation(
+    evaluate: str | None,
+    folder: str | None,
+    data: str | None,
+    preprocessing: str | None,
+    labels: str | None,
+) -> InputSource | None:
+    """The evaluation inputs; None where a loop of the user's brings its own."""
+    if evaluate is not None and folder is None:
+        return None
+    return read_inputs("evaluation", folder, data, preprocessing, labels=labels)
+
+
+def read_inputs(
+    split: str,
+    folder: str | None,
+    data: str | None,
+    preprocessing: str | None,
+    *,
+    labels: str | None = None,
+) -> InputSource:
+    """The inputs that the options ask for: an image folder, or what a function gives."""
+    if (folder is None) == (data is None):
+        raise InputError(f"--{split}: give a folder of images, or inputs by --data")
+    if data is None:
+        assert folder is not None
+        recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
+        return ImageFolder(folder, labels=labels, preprocessing=recipe)
+    if labels is not None or preprocessing is not None:
+        raise InputError("--data: its inputs bring their own labels and preprocessing")
+    function = import_function(data, "--data")
+    try:
+        inspect.signature(function).bind(split)
+    except TypeError as error:
+        raise InputError(
+            f"--data {data!r}: is called with 'calibration' or 'evaluation'; let it take that"
+        ) from error
+    try:
+        inputs = function(split)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        raise InputError(
+            f"--data {data!r}: fails for {split!r}: {type(error).__name__}: {error}"
+        ) from error
+    return as_input_source(inputs)
+
+
+def read_provider(text: str) -> Provider:
+    """`NAME` or `NAME:key=value,...`."""
+    name, colon, settings = text.partition(":")
+    if not colon:
+        return name
+    pairs = [setting.partition("=") for setting in settings.split(",")]
+    if not all(key and equals for key, equals, _ in pairs):
+        raise InputError(f"--provider {text}: options must be KEY=VALUE with commas between")
+    return name, {key: value for key, _, value in pairs}
+
+
+def read_config(text: str) -> QuantizationConfig:
+    """A configuration from JSON, or from a file of it."""
+    try:
+        knobs = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--config {text}: neither a JSON object nor a file of one ({error})"
+        ) from error
+    if not isinstance(knobs, dict):
+        raise InputError(f"--config {text}: must be a JSON object from knob to value")
+    return QuantizationConfig.from_dict(knobs)
