@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from collections.abc import Sequence
 from datetime import datetime
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
@@ -157,8 +158,11 @@ def optimize(
     Returns:
         Whether Ctrl-C ended it.
     """
-    begin = datetime.now()
     trials = study.get_trials(deepcopy=False)
+    # What began before and still runs may have died with its process. Who does not wait for the
+    # others' trials takes those for running that have not run for longer than others have.
+    patience = timedelta() if wait else _patience(trials)
+    begin = datetime.now() - patience
     finished = sum(trial.state in FINISHED for trial in trials)
     if finished:
         _logger.info(f"Study {study.study_name!r} goes on after {finished} finished trials.")
@@ -166,15 +170,13 @@ def optimize(
     if timeout is not None and timeout <= 0:
         # Preparation took all the time: one trial, so that there is a model to write.
         n_trials, timeout = 1, None
-    missing = None if n_trials is None else n_trials - finished
+    missing = None if n_trials is None else n_trials - _begun(trials, begin)
     if missing is not None and missing <= 0:
         return False
 
     def stop_when_enough(study: optuna.Study, trial: FrozenTrial) -> None:
-        others = study.get_trials(deepcopy=False)
-        # What began before and still runs may have died with its process.
-        begun = [t for t in others if t.state in FINISHED or _runs_since(t, begin)]
-        if n_trials is not None and len(begun) >= n_trials:
+        begun = _begun(study.get_trials(deepcopy=False), begin)
+        if n_trials is not None and begun >= n_trials:
             study.stop()
 
     try:
@@ -197,13 +199,23 @@ def _wait_for_others(study: optuna.Study, since: datetime) -> None:
     while True:
         trials = study.get_trials(deepcopy=False)
         running = sum(_runs_since(trial, since) for trial in trials)
-        took = [trial.duration.total_seconds() for trial in trials if trial.duration is not None]
-        if not running or time.monotonic() - begin > _PATIENCE * max(took, default=0.0):
+        if not running or time.monotonic() - begin > _patience(trials).total_seconds():
             return
         if not told:
-            _logger.info(f"Other processes still run {running} trials; waiting for them.")
+            _logger.info(f"Waiting for trials that other processes still run: {running}.")
             told = True
         time.sleep(_POLL_SECONDS)
+
+
+def _patience(trials: Sequence[FrozenTrial]) -> timedelta:
+    """How long a trial may take before it is given up: longer than any other has taken."""
+    took = [trial.duration for trial in trials if trial.duration is not None]
+    return _PATIENCE * max(took, default=timedelta())
+
+
+def _begun(trials: Sequence[FrozenTrial], since: datetime) -> int:
+    """How many trials have finished, or run and began not before a time."""
+    return sum(trial.state in FINISHED or _runs_since(trial, since) for trial in trials)
 
 
 def _runs_since(trial: FrozenTrial, begin: datetime) -> bool:

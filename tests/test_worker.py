@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +222,24 @@ def test_tune_waits_for_the_trials_of_others_but_not_for_the_dead(tmp_path: Path
         TrialState.COMPLETE,
     ]
     other.join()
+
+
+@pytest.mark.parametrize("minutes", [0, 10])
+def test_a_worker_leaves_the_last_trial_to_whom_has_begun_it_unless_he_died(minutes: int) -> None:
+    study = optuna.create_study()
+    now = datetime.now()
+    for state, start, end in (
+        (TrialState.COMPLETE, now - timedelta(minutes=20), now - timedelta(minutes=19)),
+        (TrialState.RUNNING, now - timedelta(minutes=minutes), None),
+    ):
+        trial = optuna.trial.create_trial(state=state, value=None if end is None else 0.0)
+        trial.datetime_start, trial.datetime_complete = start, end
+        study.add_trial(trial)
+    ran = []
+
+    def objective(trial: optuna.Trial) -> float:
+        ran.append(trial.number)
+        return 0.0
+
+    optimize(study, objective, 2, None, (), wait=False)  # type: ignore[arg-type]
+    assert ran == ([2] if minutes else [])
