@@ -19,8 +19,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import optuna_quantune
+from optuna_quantune.cli_options import calibration_option
 from optuna_quantune.cli_options import data_options
+from optuna_quantune.cli_options import evaluate_option
 from optuna_quantune.cli_options import goal_options
+from optuna_quantune.cli_options import image_options
 from optuna_quantune.cli_options import input_options
 from optuna_quantune.cli_options import read_config
 from optuna_quantune.cli_options import read_evaluation
@@ -101,11 +104,7 @@ def cli() -> None:
 
 @cli.command("tune")
 @click.argument("model")
-@click.option("--calibration", metavar="DIR", help="Images for calibration.")
-@click.option("--evaluation", metavar="DIR", help="Images for evaluation.")
-@click.option(
-    "--labels", metavar="CSV", help="Columns file,label_index; DIR/labels.csv if it is there."
-)
+@image_options
 @click.option(
     "--metric",
     metavar="NAME",
@@ -113,11 +112,7 @@ def cli() -> None:
     help=f"What is maximized: {', '.join(get_args(MetricName))}, or MODULE:FUNCTION, which is "
     "called with the outputs of the int8 and of the float model and gives a number.",
 )
-@click.option(
-    "--evaluate",
-    metavar="MODULE:FUNCTION",
-    help="In place of --metric: called with an InferenceSession, gives a number.",
-)
+@evaluate_option
 @click.option(
     "--direction",
     type=click.Choice(get_args(Direction)),
@@ -168,21 +163,13 @@ def _beside(model: str) -> str:
     show_default="the only study of the storage",
     help="Name of the study that `tune` began.",
 )
-@click.option("--calibration", metavar="DIR", help="Images for calibration, as `tune` has them.")
-@click.option("--evaluation", metavar="DIR", help="Images for evaluation, as `tune` has them.")
-@click.option(
-    "--labels", metavar="CSV", help="Columns file,label_index; DIR/labels.csv if it is there."
-)
+@image_options
 @click.option(
     "--metric",
     metavar="MODULE:FUNCTION",
     help="The function that the study measures by, if it is one of your own.",
 )
-@click.option(
-    "--evaluate",
-    metavar="MODULE:FUNCTION",
-    help="In place of --metric: called with an InferenceSession, gives a number.",
-)
+@evaluate_option
 @click.option(
     "--sampler",
     show_default="the study's",
@@ -215,8 +202,8 @@ def worker_command(
 ) -> None:
     """Takes part in the search of MODEL that `tune` began in a storage.
 
-    What is searched stands in the study. Start as many workers as there are machines; `tune`
-    writes the model.
+    What is searched stands in the study; the model and the inputs must be those of `tune`. Start
+    as many workers as there are machines; `tune` writes the model.
     """
     own = 0
 
@@ -253,7 +240,6 @@ def report_command(storage: str, study_name: str | None, output: str) -> None:
     It needs neither the model nor the inputs. A search that still runs is shown as it stands.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    check_report(output)
     click.echo(f"wrote {write_report(load_study(storage, study_name), output)}")
 
 
@@ -285,7 +271,7 @@ def demo_command(output: str, **options: Any) -> None:
     help='Knobs as JSON, or a file of it: \'{"scheme": "symmetric_uint8", "clipping": "kl"}\'. '
     "Knobs left out keep their default.",
 )
-@click.option("--calibration", metavar="DIR", help="Images for calibration.")
+@calibration_option
 @click.option("--output", metavar="PATH", show_default="MODEL.int8.onnx", help="Model to write.")
 @data_options
 def quantize_command(
@@ -302,7 +288,7 @@ def quantize_command(
     chosen = read_config(config)
     check_writable(path, model)
     with _progress() as progress:
-        objective = _objective_withoutread_evaluation(
+        objective = _objective_without_evaluation(
             model,
             read_inputs("calibration", calibration, data, preprocessing),
             space=SearchSpace({"calibration_images": [chosen.calibration_images]}),
@@ -355,7 +341,7 @@ def inspect_command(
         _print_findings(console, lint_model(loaded))
         return
     with _progress() as progress:
-        objective = _objective_withoutread_evaluation(
+        objective = _objective_without_evaluation(
             model,
             read_inputs("calibration", calibration, data, preprocessing),
             space=SearchSpace.load(space),
@@ -370,7 +356,7 @@ def inspect_command(
         console.print(float_layers_table(objective, least_noise))
 
 
-def _objective_withoutread_evaluation(
+def _objective_without_evaluation(
     model: str, inputs: InputSource, *, providers: Sequence[str], **options: Any
 ) -> QuantizationObjective:
     return QuantizationObjective(

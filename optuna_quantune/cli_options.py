@@ -27,49 +27,70 @@ from optuna_quantune.selection import Preference
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def data_options(command: Command) -> Command:
-    """Where inputs come from, where the model will run, and how it is run here."""
-    target = click.option(
+def _all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator; the last of them is the first one that `--help` shows."""
+
+    def decorate(command: Command) -> Command:
+        for option in options:
+            command = option(command)
+        return command
+
+    return decorate
+
+
+calibration_option = click.option("--calibration", metavar="DIR", help="Images for calibration.")
+evaluate_option = click.option(
+    "--evaluate",
+    metavar="MODULE:FUNCTION",
+    help="In place of --metric: called with an InferenceSession, gives a number.",
+)
+# Of a command that calibrates and evaluates.
+image_options = _all_of(
+    click.option(
+        "--labels", metavar="CSV", help="Columns file,label_index; DIR/labels.csv if it is there."
+    ),
+    click.option("--evaluation", metavar="DIR", help="Images for evaluation."),
+    calibration_option,
+)
+# What inputs are made of, and how a model is run here.
+input_options = _all_of(
+    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime."),
+    click.option(
+        "--cache",
+        default=DEFAULT_CACHE,
+        show_default="the user's cache folder",
+        help="Folder where calibration statistics are kept for the next run.",
+    ),
+    click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="ONNX Runtime execution provider with its options; several in order of "
+        "preference. By default the target's.",
+    ),
+    click.option(
+        "--data",
+        metavar="MODULE:FUNCTION",
+        help="In place of image folders: FUNCTION('calibration') and FUNCTION('evaluation') "
+        "give an array, arrays by input name, a calibration data reader or an InputSource.",
+    ),
+    click.option(
+        "--preprocessing",
+        metavar="JSON",
+        help="JSON file of the images' preprocessing: mean, std, scale, channel_order, "
+        "resize_short_side, crop, interpolation.",
+    ),
+)
+# The same with the target, which a study that is joined has already.
+data_options = _all_of(
+    click.option(
         "--target",
         default="cpu",
         help="Device that the model is made for: cpu, arm64, tensorrt, qnn or vta.",
-    )
-    return input_options(target(command))
-
-
-def input_options(command: Command) -> Command:
-    """The same without the target, which a study that is joined has already."""
-    for option in (
-        click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime."),
-        click.option(
-            "--cache",
-            default=DEFAULT_CACHE,
-            show_default="the user's cache folder",
-            help="Folder where calibration statistics are kept for the next run.",
-        ),
-        click.option(
-            "--provider",
-            "providers",
-            multiple=True,
-            metavar="NAME[:KEY=VALUE,...]",
-            help="ONNX Runtime execution provider with its options; several in order of "
-            "preference. By default the target's.",
-        ),
-        click.option(
-            "--data",
-            metavar="MODULE:FUNCTION",
-            help="In place of image folders: FUNCTION('calibration') and FUNCTION('evaluation') "
-            "give an array, arrays by input name, a calibration data reader or an InputSource.",
-        ),
-        click.option(
-            "--preprocessing",
-            metavar="JSON",
-            help="JSON file of the images' preprocessing: mean, std, scale, channel_order, "
-            "resize_short_side, crop, interpolation.",
-        ),
-    ):
-        command = option(command)
-    return command
+    ),
+    input_options,
+)
 
 
 def search_options(n_trials: int) -> Callable[[Command], Command]:
@@ -78,108 +99,99 @@ def search_options(n_trials: int) -> Callable[[Command], Command]:
     Args:
         n_trials: The default number of trials.
     """
-
-    def decorate(command: Command) -> Command:
-        for option in (
-            click.option(
-                "--seed",
-                type=click.IntRange(0, 2**32 - 1),
-                default=0,
-                help="Seed of sampler and split.",
-            ),
-            click.option(
-                "--exact",
-                is_flag=True,
-                help="Run every trial on all inputs, unless it can no longer be the best.",
-            ),
-            click.option(
-                "--precision",
-                type=click.FloatRange(0, 1, min_open=True),
-                metavar="X",
-                help="A trial ends when its accuracy is certain to X (0.002 is 0.2 points, the "
-                "half width of the 95 % interval). [default: 0.002, at least two inputs]",
-            ),
-            click.option(
-                "--report",
-                metavar="HTML",
-                help="Write a report of the search: one HTML file with tables and figures.",
-            ),
-            click.option(
-                "--study-name",
-                show_default="of the model's name and what is searched",
-                help="Name of the study in the storage.",
-            ),
-            click.option(
-                "--storage",
-                help="Database URL (sqlite:///x.db) or journal file; the same command again goes "
-                "on where it stopped.",
-            ),
-            click.option(
-                "--timeout",
-                type=click.FloatRange(min=0, min_open=True),
-                metavar="SECONDS",
-                help="No trial but the first begins later than this after the start.",
-            ),
-            click.option(
-                "--n-trials",
-                type=click.IntRange(1),
-                default=n_trials,
-                help="Trials in all, those already in the storage included.",
-            ),
-            click.option(
-                "--sampler",
-                default="quantune",
-                help="'quantune', a class of optuna.samplers, or module:factory.",
-            ),
-            click.option(
-                "--space", default="quantune", help="Preset, or JSON file of knobs and choices."
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def goal_options(command: Command) -> Command:
-    """What a search is for."""
-    for option in (
+    return _all_of(
         click.option(
-            "--prefer",
-            type=click.Choice(get_args(Preference)),
-            show_default="accuracy (the least noise) under a bound on latency or size, size if "
-            "only that is an objective, otherwise latency",
-            help="What decides among models that cannot be told from the best one.",
+            "--seed",
+            type=click.IntRange(0, 2**32 - 1),
+            default=0,
+            help="Seed of sampler and split.",
         ),
         click.option(
-            "--max-size",
-            type=click.IntRange(1),
-            metavar="BYTES",
-            help="Take the most accurate model whose file has at most so many bytes.",
+            "--exact",
+            is_flag=True,
+            help="Run every trial on all inputs, unless it can no longer be the best.",
         ),
         click.option(
-            "--max-latency",
-            type=click.FloatRange(0, min_open=True),
-            metavar="RATIO",
-            help="Take the most accurate model whose latency is at most RATIO times that of the "
-            "float model (0.5 is twice as fast).",
-        ),
-        click.option(
-            "--max-accuracy-drop",
-            type=click.FloatRange(0),
+            "--precision",
+            type=click.FloatRange(0, 1, min_open=True),
             metavar="X",
-            help="Take the fastest model that loses at most X (0.01 is one point).",
+            help="A trial ends when its accuracy is certain to X (0.002 is 0.2 points, the "
+            "half width of the 95 % interval). [default: 0.002, at least two inputs]",
         ),
         click.option(
-            "--objectives",
-            default="accuracy",
-            metavar="NAMES",
-            help="What is optimised, with commas between: accuracy (the metric), latency, size. "
-            "Several give a Pareto front.",
+            "--report",
+            metavar="HTML",
+            help="Write a report of the search: one HTML file with tables and figures.",
         ),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--study-name",
+            show_default="of the model's name and what is searched",
+            help="Name of the study in the storage.",
+        ),
+        click.option(
+            "--storage",
+            help="Database URL (sqlite:///x.db) or journal file; the same command again goes "
+            "on where it stopped.",
+        ),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="SECONDS",
+            help="No trial but the first begins later than this after the start.",
+        ),
+        click.option(
+            "--n-trials",
+            type=click.IntRange(1),
+            default=n_trials,
+            help="Trials in all, those already in the storage included.",
+        ),
+        click.option(
+            "--sampler",
+            default="quantune",
+            help="'quantune', a class of optuna.samplers, or module:factory.",
+        ),
+        click.option(
+            "--space", default="quantune", help="Preset, or JSON file of knobs and choices."
+        ),
+    )
+
+
+# What a search is for.
+goal_options = _all_of(
+    click.option(
+        "--prefer",
+        type=click.Choice(get_args(Preference)),
+        show_default="accuracy (the least noise) under a bound on latency or size, size if "
+        "only that is an objective, otherwise latency",
+        help="What decides among models that cannot be told from the best one.",
+    ),
+    click.option(
+        "--max-size",
+        type=click.IntRange(1),
+        metavar="BYTES",
+        help="Take the most accurate model whose file has at most so many bytes.",
+    ),
+    click.option(
+        "--max-latency",
+        type=click.FloatRange(0, min_open=True),
+        metavar="RATIO",
+        help="Take the most accurate model whose latency is at most RATIO times that of the "
+        "float model (0.5 is twice as fast).",
+    ),
+    click.option(
+        "--max-accuracy-drop",
+        type=click.FloatRange(0),
+        metavar="X",
+        help="Take the fastest model that loses at most X (0.01 is one point).",
+    ),
+    click.option(
+        "--objectives",
+        default="accuracy",
+        metavar="NAMES",
+        help="What is optimised, with commas between: accuracy (the metric), latency, size. "
+        "Several give a Pareto front.",
+    ),
+)
 
 
 def read_evaluation(
