@@ -28,9 +28,9 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.dead_weights import live_weights
 from optuna_quantune.quantization.graph import activation_bounds
 from optuna_quantune.quantization.graph import constant_values
-from optuna_quantune.quantization.graph import is_depthwise
 from optuna_quantune.quantization.integer_only import float_nodes
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.neighbours import adds_in_pairs
 from optuna_quantune.quantization.neighbours import in_order
 from optuna_quantune.quantization.neighbours import LARGEST_SUM
 from optuna_quantune.quantization.neighbours import largest_sums
@@ -420,14 +420,13 @@ def _saturating_pairs(graph: QuantizedGraph, vnni: bool | None) -> Iterator[Find
 def _may_saturate(layer: QuantizedLayer) -> bool:
     """Whether two products of uint8 activations and weights can leave int16 together.
 
-    Depthwise convolutions have a kernel of their own that does not add in pairs, transposed ones
-    are computed in float, and uint8 weights are widened first.
+    Weights of uint8 are widened first.
     """
     integers = layer.weight.integers
     assert integers is not None
     if _activation_dtype(layer) != np.uint8 or integers.dtype != np.int8:
         return False
-    if layer.op_type == "ConvTranspose" or is_depthwise(integers.shape, layer.groups):
+    if not adds_in_pairs(layer.op_type, integers.shape, layer.groups):
         return False
     rows = in_order(integers.astype(np.int64), layer.op_type, layer.channel_axis)
     return bool(np.any(largest_sums(rows) > LARGEST_SUM))

@@ -20,9 +20,24 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_quantune.quantization.graph import is_depthwise
+
 
 # Largest sum of two int8 weights whose products with uint8 activations fit into int16 together.
 LARGEST_SUM: Final = np.iinfo(np.int16).max // np.iinfo(np.uint8).max
+
+
+def adds_in_pairs(op_type: str, weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether the kernel of an integer layer adds products in pairs on such a processor.
+
+    That of a depthwise convolution adds them one by one; a transposed one is computed in float.
+
+    Args:
+        op_type: Of the layer, in Q/DQ or in ``QOperator`` format.
+        weight_shape: Of its weight.
+        groups: Its number of groups.
+    """
+    return op_type != "ConvTranspose" and not is_depthwise(weight_shape, groups)
 
 
 def in_order(weight: NDArray[Any], op_type: str, channel_axis: int) -> NDArray[Any]:

@@ -34,7 +34,6 @@ from optuna_quantune.quantization.fusion import fuse
 from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.gelu import find_gelus
 from optuna_quantune.quantization.graph import constant_values
-from optuna_quantune.quantization.graph import is_depthwise
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.implied_activations import remove_implied_activations
 from optuna_quantune.quantization.islands import between_float_nodes
@@ -43,6 +42,7 @@ from optuna_quantune.quantization.kernels import adapt
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.model import WEIGHTED_OPS
+from optuna_quantune.quantization.neighbours import adds_in_pairs
 from optuna_quantune.quantization.neighbours import fit
 from optuna_quantune.quantization.neighbours import in_order
 from optuna_quantune.quantization.neighbours import in_shape
@@ -467,23 +467,18 @@ class Quantizer:
 
     @cached_property
     def _paired(self) -> frozenset[str]:
-        """Weights whose products are added in pairs that saturate.
-
-        A depthwise convolution that is not written as a dense one has a kernel that adds one by
-        one; a transposed one is computed in float.
-        """
+        """Weights whose products are added in pairs that saturate."""
         if not self.representation.adds_in_pairs:
             return frozenset()
 
-        def one_by_one(layer: Layer) -> bool:
+        def groups(layer: Layer) -> int:
             made_dense = self.representation.for_kernels and is_few_and_odd(layer.groups)
-            shape = self.model.weights[layer.weight].shape
-            return is_depthwise(shape, layer.groups) and not made_dense
+            return 1 if made_dense else layer.groups
 
         return frozenset(
             name
             for name, layer in self._layers.items()
-            if layer.op_type != "ConvTranspose" and not one_by_one(layer)
+            if adds_in_pairs(layer.op_type, self.model.weights[name].shape, groups(layer))
         )
 
     @cached_property
