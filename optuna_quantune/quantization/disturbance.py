@@ -65,11 +65,13 @@ class Disturbance:
 class DisturbableModel:
     """Runs the float model, and what lies behind a tensor again with an error in it.
 
+    Each run has one thread: runs are many, and independent, and side by side they use the cores
+    better than one after another in several threads each.
+
     Args:
         model: The float model.
         tensors: Activations that errors are added to.
         weights: Other values of the layers' weights, by name.
-        threads: Threads that share one run; None is one for each core.
 
     Attributes:
         names: Names of the outputs of real numbers.
@@ -81,23 +83,19 @@ class DisturbableModel:
         model: FloatModel,
         tensors: Iterable[str],
         weights: Mapping[str, NDArray[np.float32]],
-        *,
-        threads: int | None = None,
     ) -> None:
         self.names = [spec.name for spec in model.outputs if spec.dtype.kind == "f"]
         changes = _changes(model, set(tensors))
         disturbed = {*tensors, *(change.tensor for change in changes)}
-        parts = [
-            _Part.of(model, first, names, threads) for first, names in _cuts(model, disturbed)
-        ]
+        parts = [_Part.of(model, first, names) for first, names in _cuts(model, disturbed)]
         self._part_of = {tensor: part for part in parts for tensor in part.tensors}
         self._inputs = [spec.name for spec in model.inputs]
         begins = (name for part in parts for name in part.inputs)
-        self._layers = _ChangedLayers(model, changes, weights, threads)
+        self._layers = _ChangedLayers(model, changes, weights)
         needed = dict.fromkeys([*self.names, *disturbed, *begins, *self._layers.inputs])
         self._disturbed = disturbed
         self._needed = [name for name in needed if name not in self._inputs]
-        self._whole = _with_outputs(model, self._needed, threads)
+        self._whole = _with_outputs(model, self._needed)
         self.kept = frozenset([*self.names, *(name for part in parts for name in part.inputs)])
 
     def start(self, feed: Values) -> Values:
@@ -163,14 +161,12 @@ def _changes(model: FloatModel, tensors: set[str]) -> list[_Change]:
     return changes
 
 
-def _with_outputs(
-    model: FloatModel, outputs: Iterable[str], threads: int | None
-) -> onnxruntime.InferenceSession:
+def _with_outputs(model: FloatModel, outputs: Iterable[str]) -> onnxruntime.InferenceSession:
     """The whole model with more outputs."""
     proto, _ = behind(model, 0, {}, [], declared=True)
     known = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in outputs if n not in known)
-    return make_session(proto, threads=threads, weights=_declared(proto, model.weights))
+    return _load(proto, model.weights)
 
 
 class _ChangedLayers:
@@ -183,7 +179,6 @@ class _ChangedLayers:
         model: The float model.
         changes: All its layers.
         weights: The other weights, by name.
-        threads: Threads that share one run; None is one for each core.
 
     Attributes:
         inputs: The activations that the layers read.
@@ -194,12 +189,10 @@ class _ChangedLayers:
         model: FloatModel,
         changes: Sequence[_Change],
         weights: Mapping[str, NDArray[np.float32]],
-        threads: int | None,
     ) -> None:
         self._model = model
         self._changes = {w: [change for change in changes if change.weight == w] for w in weights}
         self._weights = weights
-        self._threads = threads
         graph = model.proto.graph
         self._constants = {tensor.name for tensor in graph.initializer}
         self._types = {
@@ -248,7 +241,7 @@ class _ChangedLayers:
             [onnx.ValueInfoProto(name=_changed(c.tensor, c.weight)) for c in changes],
             values,
         )
-        return make_session(proto, threads=self._threads, weights=_declared(proto, values))
+        return _load(proto, values)
 
 
 def _of_any_shape(tensor: str) -> onnx.ValueInfoProto:
@@ -278,9 +271,7 @@ class _Part:
     written: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, model: FloatModel, first: int, tensors: Sequence[str], threads: int | None
-    ) -> _Part:
+    def of(cls, model: FloatModel, first: int, tensors: Sequence[str]) -> _Part:
         """The nodes from number `first` on, with additions behind `tensors`."""
 
         def addition(tensor: str) -> Insertion:
@@ -298,7 +289,7 @@ class _Part:
             [helper.make_tensor_value_info(_error(t), TensorProto.FLOAT, None) for t in added],
             declared=True,
         )
-        session = make_session(proto, threads=threads, weights=_declared(proto, model.weights))
+        session = _load(proto, model.weights)
         written_outputs = tuple(output.name for output in session.get_outputs())
         return cls(session, begins, tuple(tensors), added, written_outputs)
 
@@ -436,11 +427,12 @@ def _assemble(
     )
 
 
-def _declared(
+def _load(
     proto: onnx.ModelProto, values: Mapping[str, NDArray[np.float32]]
-) -> dict[str, NDArray[np.float32]]:
-    """The values of what `_assemble` only declared in `proto`."""
-    return {t.name: values[t.name] for t in proto.graph.initializer if t.name in values}
+) -> onnxruntime.InferenceSession:
+    """A session of what `_assemble` gave, with the values of what it only declared."""
+    declared = {t.name: values[t.name] for t in proto.graph.initializer if t.name in values}
+    return make_session(proto, threads=1, weights=declared)
 
 
 def _declare(name: str, value: NDArray[np.float32]) -> TensorProto:

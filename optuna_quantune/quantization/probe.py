@@ -116,9 +116,7 @@ def probe(
     """
     model, ranges, steps = quantizer.model, quantizer.clipping_ranges(), _steps(quantizer)
     tensors, weights = list(ranges), _weights(quantizer, PROBED)
-    # Runs are many, and independent: side by side they use the cores better than one after another
-    # in several threads each.
-    disturbable = DisturbableModel(model, tensors, weights, threads=1)
+    disturbable = DisturbableModel(model, tensors, weights)
     queue = iter(inputs)
     feeds = list(islice(queue, _FEWEST_INPUTS))
     first = disturbable.start(feeds[0])
