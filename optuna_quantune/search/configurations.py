@@ -36,6 +36,7 @@ from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.search.targets import center_and_spread
 from optuna_quantune.search.targets import LARGEST
 from optuna_quantune.search.transfer import normal_scores
+from optuna_quantune.search.transfer import Scale
 from optuna_quantune.search.transfer import Transfer
 
 
@@ -256,7 +257,7 @@ class Configurations:
     @property
     def may_share_unit(self) -> tuple[bool, ...]:
         """Of each guess, whether it can be in the unit of the values."""
-        transferred = [] if self._transfer is None else [False]
+        transferred = [] if self._transfer is None else [self._scale is not None]
         return tuple([True] * (self._prior_column is not None) + transferred)
 
     def candidates(self, codes: Codes) -> Candidates:
@@ -394,19 +395,43 @@ class Configurations:
         return [[_fit_sketch(inputs, column) for column in part.T] for part in parts]
 
     def _with_guesses(self, candidates: Candidates, raw: NDArray[np.float64]) -> Described:
-        center, spread = self._standard
-        features = (raw - center) / spread
         columns = []
-        scores = None
         if self._prior_column is not None:
             columns.append(self._prior(raw, reference=self._reference_features))
-            scores = normal_scores(columns[0], self._reference_prior)
         if self._transfer is not None:
-            columns.append(self._transfer.guess(candidates.trees, features, scores))
+            columns.append(self._transferred(candidates, raw))
         values = np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
         further = self._further(raw, reference=self._reference_features)
         limits = self._limits(raw, reference=self._reference_features)
-        return Described(candidates, features, Guesses(values, further, limits))
+        return Described(candidates, self._standardised(raw), Guesses(values, further, limits))
+
+    def _standardised(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
+        center, spread = self._standard
+        return (raw - center) / spread
+
+    def _transferred(
+        self, candidates: Candidates, raw: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """What the sources make of configurations, on the scale of the prior if there is one."""
+        scores = self._scores(candidates, raw)
+        return scores if self._scale is None else self._scale(scores)
+
+    def _scores(self, candidates: Candidates, raw: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the sources guess, as normal scores."""
+        assert self._transfer is not None
+        prior = None
+        if self._prior_column is not None:
+            values = self._prior(raw, reference=self._reference_features)
+            prior = normal_scores(values, self._reference_prior)
+        return self._transfer.guess(candidates.trees, self._standardised(raw), prior)
+
+    @cached_property
+    def _scale(self) -> Scale | None:
+        """From the scores of the sources' guesses to the prior's values."""
+        if self._prior_column is None:
+            return None
+        scores = self._scores(self._reference_candidates, self._reference_features)
+        return Scale.fit(scores, self._reference_prior)
 
     def _prior(
         self, raw: NDArray[np.float64], *, reference: NDArray[np.float64]

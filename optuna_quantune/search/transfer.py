@@ -5,11 +5,13 @@ fit, so everything is learned on ranks within a study, as normal scores. A predi
 already there (the feature ``prior``) is the best guess on a new model; what earlier studies add is
 what the prior misses. So each source has gradient-boosted trees on the residual between the scores
 of its values and of its prior, as a function of the knobs that it shares with this space; their
-mean is added to this study's own prior. Other features are what a prior is made of: the trees see
-them only where there is none, as the few sources that there ever are fit them by chance. How much
-of it all is believed is learned, too: as much as the trees of the other sources explain of the
-residuals of a source that they have not seen (leave one out). Whether any of it holds in *this*
-study is left to its trials, see ``scoring.py``; ``benchmarks/sampler_transfer.py`` shows both.
+mean is added to this study's own prior, and the order that results gets the prior's values, as
+ranks do not say how far configurations are apart. Other features are what a prior is made of: the
+trees see them only where there is none, as the few sources that there ever are fit them by chance.
+How much of it all is believed is learned, too: as much as the trees of the other sources explain
+of the residuals of a source that they have not seen (leave one out). Whether any of it holds in
+*this* study is left to its trials, see ``scoring.py``; ``benchmarks/sampler_transfer.py`` shows
+both.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ _TREE_PARAMS: dict[str, Any] = {
 _N_TREES = 60
 # Trust in a single source, where there is no other to test it on.
 _TRUST_IN_ONE = 0.5
+# Share of the space from which it is read how values go on beyond its best configuration.
+_NEAR_BEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,52 @@ class Transfer:
         if prior is not None:
             result = result + np.mean([source.has_prior for source in self._sources]) * prior
         return result
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From scores to values that are spread as those of a prior are.
+
+    Scores tell which configuration is ahead, and not by how much: whether the worst ones are far
+    from all others is what a prior knows. Over the space the configuration with the best score
+    has the best value of the prior, the second the second, and so on; configurations that a prior
+    cannot tell apart are spread up to its next values.
+
+    Attributes:
+        scores: Strictly increasing, float64 of shape (n_knots,), at least two.
+        values: Those of the prior for them, likewise.
+        slope: Units of the prior for one of the score, below the first knot.
+    """
+
+    scores: Array
+    values: Array
+    slope: float
+
+    @classmethod
+    def fit(cls, scores: Array, prior: Array) -> Scale | None:
+        """Fits it to all configurations of a space.
+
+        Args:
+            scores: Their scores, to be minimised, float64 of shape (n_configs,), finite.
+            prior: Their prior, likewise; in any order, as only the distributions count.
+
+        Returns:
+            The scale, or None if all scores or all values of the prior are the same.
+        """
+        values, group, sizes = np.unique(prior, return_inverse=True, return_counts=True)
+        knots = np.bincount(np.sort(group), np.sort(scores)) / sizes
+        apart = np.append(True, np.diff(knots) > 0.0)
+        knots, values = knots[apart], values[apart]
+        if len(knots) < 2:
+            return None
+        near = max(1, int(_NEAR_BEST * len(knots)))
+        slope = float((values[near] - values[0]) / (knots[near] - knots[0]))
+        return cls(knots, values, slope)
+
+    def __call__(self, scores: Array) -> Array:
+        """The values; float64 of any shape in and out."""
+        below = np.minimum(scores - self.scores[0], 0.0)
+        return np.asarray(np.interp(scores, self.scores, self.values) + self.slope * below)
 
 
 def normal_scores(values: Array, reference: Array) -> Array:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import IntDistribution
@@ -21,6 +23,7 @@ from optuna_quantune.search.encoding import SpaceEncoding
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.search.transfer import normal_scores
+from optuna_quantune.search.transfer import Scale
 from optuna_quantune.search.transfer import Transfer
 
 
@@ -147,6 +150,65 @@ def test_scores_are_ranks_whatever_the_scale() -> None:
     assert normal_scores(values, values) == pytest.approx(expected)
     # Beyond the reference there is no rank, but the order holds as far as there are ranks.
     assert np.all(np.diff(normal_scores(np.array([-9.0, 0.5, 1.5, 9.0]), np.arange(3.0))) >= 0)
+
+
+def test_a_new_order_has_the_values_of_the_prior() -> None:
+    prior = np.array([0.0, 0.1, 0.2, 50.0, 60.0])
+    scores = np.array([0.3, -1.0, -2.0, 2.0, 1.0])
+    scale = Scale.fit(scores, prior)
+    assert scale is not None
+    assert scale(scores) == pytest.approx([0.2, 0.1, 0.0, 60.0, 50.0])
+    # Better than the best goes on; worse than the worst is as bad.
+    assert scale(np.array([-3.0, 9.0])) == pytest.approx([-0.1, 60.0])
+
+
+def test_what_a_prior_cannot_tell_apart_stays_in_the_order_of_the_scores() -> None:
+    prior = np.repeat([0.0, 1.0, 5.0], 4)
+    scores = np.random.default_rng(0).permutation(np.linspace(-2.0, 2.0, 12))
+    scale = Scale.fit(scores, prior)
+    assert scale is not None
+    values = scale(np.sort(scores))[:-1]  # the last two are behind the last knot
+    assert np.all(np.diff(values[:-1]) > 0.0)
+    assert values.mean() == pytest.approx(prior.mean(), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("scores", "prior"), [(np.arange(3.0), np.ones(3)), (np.ones(3), np.arange(3.0))]
+)
+def test_where_all_are_alike_there_is_no_scale(
+    scores: NDArray[np.float64], prior: NDArray[np.float64]
+) -> None:
+    assert Scale.fit(scores, prior) is None
+
+
+def test_a_prior_that_is_the_same_everywhere_leaves_the_choice_to_the_sources() -> None:
+    first = regrets([recorded(drop)], seed=0, features=lambda params: {"prior": 0.5})
+    assert first == [0.0]
+
+
+def test_configurations_that_prior_and_sources_call_collapsed_are_not_tried_early() -> None:
+    """Ranks alone do not tell a collapse from the next best one."""
+
+    def collapsing(params: Mapping[str, Any]) -> float:
+        return drop(params) if params["granularity"] == "channel" else 70.0
+
+    source = replace(
+        recorded(collapsing), features=tuple({"prior": collapsing(params)} for params in GRID)
+    )
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        sampler = QuantuneSampler(
+            SPACE,
+            features=lambda params: {"prior": collapsing(params)},
+            source_studies=[source] * 3,
+            seed=seed,
+        )
+        study = optuna.create_study(sampler=sampler)
+        for _ in range(5):
+            trial = study.ask(SPACE)
+            # What tells good ones apart is lost in noise.
+            study.tell(trial, collapsing(trial.params) + 0.05 * rng.standard_normal())
+        assert max(trial.values[0] for trial in study.trials) < 1.0
 
 
 def test_sources_whose_prior_was_right_leave_a_prior_as_it_is() -> None:
