@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,12 @@ class Builder:
         """
         self._target.check(config)
         with self._lock:
-            if config.float_layers:
-                self._noise(equalized=config.equalization)  # what the order of layers rests on
-            return self.quantizer(equalized=config.equalization).quantize(config)
+            return self._quantizer_for(config).quantize(config)
 
     def predict(self, config: QuantizationConfig) -> NoisePrediction:
         """The noise of a configuration, before it is built."""
         with self._lock:
+            self._quantizer_for(config)  # what the noise model asks for float layers
             return self._noise(equalized=config.equalization).predict(config)
 
     def predict_latency(self, config: QuantizationConfig) -> float:
@@ -117,17 +117,14 @@ class Builder:
         if not self._target.representation.for_kernels:
             return math.nan
         with self._lock:
-            self._noise(equalized=config.equalization)
-            chosen = frozenset(self.quantizer(equalized=config.equalization).float_layers(config))
-            graph = self._graphs[config.equalization]
+            chosen = frozenset(self._quantizer_for(config).float_layers(config))
+            graph = self._graph(equalized=config.equalization)
             return graph.latency_ratio(chosen, activation_bits=config.activation_bits)
 
     def predict_size(self, config: QuantizationConfig) -> float:
         """About how many bytes the file of a configuration has, before it is built."""
         with self._lock:
-            if config.float_layers:
-                self._noise(equalized=config.equalization)  # what the order of layers rests on
-            quantizer = self.quantizer(equalized=config.equalization)
+            quantizer = self._quantizer_for(config)
             placement = quantizer.placement(quantizer.float_layers(config), config.fusion)
             stored = {site.tensor for site in placement.constants if site.kind != "bias"}
             # A byte for each value instead of four.
@@ -140,6 +137,14 @@ class Builder:
             if equalized not in self._quantizers:
                 self._quantizers[equalized] = self._make_quantizer(equalized=equalized)
             return self._quantizers[equalized]
+
+    def float_order(self, *, equalized: bool) -> Sequence[tuple[str, ...]]:
+        """What the knob ``float_layers`` counts (`sensitivity.float_order`)."""
+        with self._lock:
+            quantizer = self.quantizer(equalized=equalized)
+            if quantizer.float_order is None:
+                quantizer.float_order = float_order(self._graph(equalized=equalized))
+            return quantizer.float_order
 
     @cached_property
     def _values(self) -> dict[str, int]:
@@ -209,14 +214,26 @@ class Builder:
                     self._calibration.batches(1, last),
                     progress=lambda done, total: self._progress("probe", done, total),
                 )
-                noise = self._noise_models[equalized] = NoiseModel(quantizer, gains)
-                whole = QuantizationConfig(bias_correction=True, equalization=equalized)
-                graph = PlacedGraph.of(
-                    quantizer.model, quantizer.placement(()), noise.predict(whole)
-                )
-                self._graphs[equalized] = graph
-                quantizer.float_order = float_order(graph)
+                self._noise_models[equalized] = NoiseModel(quantizer, gains)
             return self._noise_models[equalized]
+
+    def _graph(self, *, equalized: bool) -> PlacedGraph:
+        if equalized not in self._graphs:
+            quantizer = self.quantizer(equalized=equalized)
+            whole = QuantizationConfig(bias_correction=True, equalization=equalized)
+            self._graphs[equalized] = PlacedGraph.of(
+                quantizer.model,
+                quantizer.placement(()),
+                self._noise(equalized=equalized).predict(whole),
+                in_pairs=quantizer.representation.adds_in_pairs,
+            )
+        return self._graphs[equalized]
+
+    def _quantizer_for(self, config: QuantizationConfig) -> Quantizer:
+        """The quantizer of a configuration, with the order of float layers if that counts."""
+        if config.float_layers:
+            self.float_order(equalized=config.equalization)
+        return self.quantizer(equalized=config.equalization)
 
     def _choices(self, knob: str, *, default: Any) -> tuple[Any, ...]:
         """The values that a knob can have in the space."""

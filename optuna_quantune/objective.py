@@ -291,6 +291,14 @@ class QuantizationObjective:
         """Builds configurations of the model without equalization; the first use calibrates."""
         return self._builder.quantizer(equalized=False)
 
+    @property
+    def float_order(self) -> Sequence[tuple[str, ...]]:
+        """Names of what each step of the knob ``float_layers`` leaves in float, too.
+
+        Of the model without equalization.
+        """
+        return self._builder.float_order(equalized=False)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the model, the inputs, the metric, the objectives and the target."""

@@ -26,6 +26,8 @@ Kind = Literal["float", "int8"]
 
 _NODE: Final = {"float": 1.5e3, "int8": 3.5e3}
 _MULTIPLICATION: Final = {"float": 0.014, "int8": 0.0027}
+# Without VNNI: the products of integers take three instructions instead of one.
+_MULTIPLICATION_IN_PAIRS: Final = 0.008
 _DEPTHWISE: Final = {"float": 0.012, "int8": 0.028}
 # Channels that the depthwise kernels take at once. The float one is not used for other numbers of
 # them, and integer ones are filled up (`kernel_channels.py`).
@@ -68,6 +70,7 @@ def node_time(
     kind: Kind,
     *,
     clipped: bool = False,
+    in_pairs: bool = False,
 ) -> float:
     """Nanoseconds that a node takes for one input.
 
@@ -77,7 +80,11 @@ def node_time(
         sizes: As from `sizes_of`.
         kind: Whether it computes with integers or in float.
         clipped: Whether a Clip follows, which is counted in.
+        in_pairs: Whether products of integers are added in pairs, as without VNNI.
     """
+    multiplication = _MULTIPLICATION[kind]
+    if in_pairs and kind == "int8":
+        multiplication = _MULTIPLICATION_IN_PAIRS
     read, written = sizes.get(node.input[0], ()), sizes.get(node.output[0], ())
     values = _count(written)
     time = _NODE[kind] + (_CLIPPED_VALUE[kind] * values if clipped else 0.0)
@@ -89,7 +96,7 @@ def node_time(
     if node.op_type == "ConvTranspose":  # has no integer kernel
         return time + _MULTIPLICATION["float"] * weight.size * _count(read[1:])
     if node.op_type != "Conv":
-        return time + _MULTIPLICATION[kind] * weight.size * _count(written[:-1])
+        return time + multiplication * weight.size * _count(written[:-1])
     places, taps, groups = _count(written[1:]), _count(weight.shape[2:]), groups_of(node)
     if weight.shape[1] == 1 < groups:
         odd = kind == "float" and len(weight) % CHANNELS_AT_ONCE[kind] != 0
@@ -97,8 +104,8 @@ def node_time(
         return time + (_COPIED_TAP["depthwise"] * taps * places if kind == "int8" else 0.0)
     if kind == "int8" and groups > 1:
         left = fastest_groups(weight.shape, groups)
-        return time + _groups_time(weight.shape, groups, left) * places
-    time += _MULTIPLICATION[kind] * weight.size * places
+        return time + _groups_time(weight.shape, groups, left, multiplication) * places
+    time += multiplication * weight.size * places
     if kind == "int8":
         channels = "few" if read and read[0] <= _FEW_CHANNELS else "many"
         return time + _COPIED_TAP[channels] * taps * places
@@ -125,13 +132,17 @@ def fastest_groups(shape: Sequence[int], groups: int) -> int:
     return min(divisors, key=lambda left: _groups_time(shape, groups, left))
 
 
-def _groups_time(shape: Sequence[int], groups: int, left: int) -> float:
+def _groups_time(
+    shape: Sequence[int],
+    groups: int,
+    left: int,
+    multiplication: float = _MULTIPLICATION["int8"],
+) -> float:
     """Nanoseconds at each place that an integer convolution takes with `left` of its groups."""
     taps = _count(shape[2:])
     outputs = -(-shape[0] // left // _AT_ONCE["outputs"]) * _AT_ONCE["outputs"]
     inputs = -(-shape[1] * groups // left // _AT_ONCE["inputs"]) * _AT_ONCE["inputs"]
-    multiplications = _MULTIPLICATION["int8"] * outputs * inputs
-    return left * (_GROUP + (_COPIED_TAP["many"] + multiplications) * taps)
+    return left * (_GROUP + (_COPIED_TAP["many"] + multiplication * outputs * inputs) * taps)
 
 
 def conversion_time(values: float) -> float:

@@ -27,7 +27,7 @@ from optuna_quantune.quantization.placement import Placement
 
 
 @dataclass
-class _Tensor:
+class PlacedTensor:
     """An activation with Q/DQ pairs, together with those that share its parameters.
 
     Attributes:
@@ -46,7 +46,7 @@ class _Tensor:
 
 
 @dataclass(frozen=True)
-class _Node:
+class PlacedNode:
     """A node that can be computed with integers or in float.
 
     Attributes:
@@ -69,24 +69,34 @@ class PlacedGraph:
     Attributes:
         nodes: Those that can be computed with integers or in float, and outputs that need not be
             rounded, by name.
+        layers: Which of the nodes have a weight.
         tensors: The activations with Q/DQ pairs, by the name of their statistics.
         always_float: Names of the nodes beside those that read or write such activations.
         rest: Nanoseconds of the nodes that are always computed in float.
     """
 
-    nodes: Mapping[str, _Node]
-    tensors: Mapping[str, _Tensor]
+    nodes: Mapping[str, PlacedNode]
+    layers: frozenset[str]
+    tensors: Mapping[str, PlacedTensor]
     always_float: frozenset[str]
     rest: float
 
     @classmethod
-    def of(cls, model: FloatModel, placement: Placement, noise: NoisePrediction) -> PlacedGraph:
+    def of(
+        cls,
+        model: FloatModel,
+        placement: Placement,
+        noise: NoisePrediction,
+        *,
+        in_pairs: bool = False,
+    ) -> PlacedGraph:
         """The graph of a model.
 
         Args:
             model: The prepared float model.
             placement: Where the Q/DQ pairs of `model` stand when all of it is quantized.
             noise: What each tensor and weight contributes to the output's noise then.
+            in_pairs: Whether products of integers are added in pairs, which takes longer.
         """
         proto = model.proto.graph
         sizes = sizes_of(proto)
@@ -99,11 +109,11 @@ class PlacedGraph:
             for name in of_site.values()
         }
         tensors = {
-            name: _Tensor(float(np.prod(sizes.get(name, ()))), contribution[name])
+            name: PlacedTensor(float(np.prod(sizes.get(name, ()))), contribution[name])
             for name in contribution
         }
         weights = {layer.name: layer.weight for layer in model.layers}
-        nodes: dict[str, _Node] = {}
+        nodes: dict[str, PlacedNode] = {}
         passed_on: dict[str, str] = {}  # through nodes that only move or cut values
         rest = 0.0
         view = GraphView(proto)
@@ -128,9 +138,9 @@ class PlacedGraph:
             if node.name not in integer or written is None or not keys:
                 rest += float_time
                 continue
-            nodes[node.name] = _Node(
+            nodes[node.name] = PlacedNode(
                 noise.weights.get(weights.get(node.name, ""), 0.0),
-                node_time(node, model, sizes, "int8", clipped=clipped),
+                node_time(node, model, sizes, "int8", clipped=clipped, in_pairs=in_pairs),
                 float_time,
                 frozenset([*keys, written]),
             )
@@ -143,9 +153,10 @@ class PlacedGraph:
                 and output.name in tensors
             ):
                 tensors[output.name].output = output.name
-                nodes[output.name] = _Node(0.0, 0.0, 0.0, frozenset([output.name]))
+                nodes[output.name] = PlacedNode(0.0, 0.0, 0.0, frozenset([output.name]))
         seen = {name for t in tensors.values() for name in (*t.writers, *t.readers)}
-        return cls(nodes, tensors, frozenset(seen - set(nodes)), rest)
+        layers = frozenset(name for name in nodes if name in weights)
+        return cls(nodes, layers, tensors, frozenset(seen - set(nodes)), rest)
 
     def moves(self) -> list[tuple[str, ...]]:
         """Single nodes, outputs, the two ends of each edge, and all that write one tensor."""
@@ -210,7 +221,7 @@ class PlacedGraph:
         in_float = sum(name in chosen or name in self.always_float for name in names)
         return len(names) - in_float, in_float
 
-    def _rounded(self, tensor: _Tensor, chosen: Set[str]) -> float:
+    def _rounded(self, tensor: PlacedTensor, chosen: Set[str]) -> float:
         """The noise that is left. A float reader of what a float node wrote sees none of it."""
         if tensor.output in chosen:
             return 0.0
@@ -220,7 +231,7 @@ class PlacedGraph:
             return tensor.noise if integer_writers or integer_readers else 0.0
         return tensor.noise * integer_readers / (integer_readers + float_readers)
 
-    def _conversions(self, tensor: _Tensor, chosen: Set[str]) -> float:
+    def _conversions(self, tensor: PlacedTensor, chosen: Set[str]) -> float:
         integer_writers, float_writers = self._split(tensor.writers, chosen)
         integer_readers, float_readers = self._split(tensor.readers, chosen)
         quantized = integer_readers and (float_writers or not tensor.writers)

@@ -22,6 +22,8 @@ from optuna_quantune.space import SearchSpace
 MOST_PREDICTED: Final = 2000
 # More columns of knobs would be cut off.
 _MOST_KNOB_COLUMNS: Final = 6
+# Names of nodes in a row of a table.
+_MOST_NAMES: Final = 5
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,13 @@ def predictions_table(
     return table
 
 
+def _listed(names: Sequence[str]) -> str:
+    """Names with commas, the first ones of many."""
+    if len(names) <= _MOST_NAMES + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
+
+
 def float_layers_table(
     objective: QuantizationObjective, least_noise: Sequence[Prediction]
 ) -> Table:
@@ -104,14 +113,14 @@ def float_layers_table(
     table.add_column("expected latency", justify="right")
     counted = ("mixed_precision", "float_layers")
     known: set[str] = set()
-    for number in range(len(objective.quantizer.float_order or ()) + 1):
+    for number in range(len(objective.float_order) + 1):
         params = {**best, "mixed_precision": "none", "float_layers": number}
         config = objective.space.config(params)
         names = objective.quantizer.float_layers(config)
         latency = objective.expected_latency(params)
         table.add_row(
             str(number),
-            ", ".join(name for name in names if name not in known),
+            _listed([name for name in names if name not in known]),
             f"{objective.features(params)['predicted_sqnr_db']:.1f}",
             "" if math.isnan(latency) else f"{latency:.2f}x",
         )

@@ -64,11 +64,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> FloatModel:
     return load_float_model(path)
 
 
-def time(model: FloatModel, name: str, kind: Kind, read: str | None = None) -> float:
+def time(
+    model: FloatModel, name: str, kind: Kind, read: str | None = None, *, in_pairs: bool = False
+) -> float:
     (node,) = (n for n in model.proto.graph.node if n.name == name)
     source = read or INPUTS.get(name, "x")
     written = (64, 28, 28) if name != "linear" else SIZES[source]
-    return node_time(node, model, {node.input[0]: SIZES[source], node.output[0]: written}, kind)
+    sizes = {node.input[0]: SIZES[source], node.output[0]: written}
+    return node_time(node, model, sizes, kind, in_pairs=in_pairs)
 
 
 @pytest.mark.parametrize("name", ["pointwise", "dense", "linear", "add"])
@@ -76,6 +79,19 @@ def test_integers_take_less_time_where_there_is_much_to_multiply_or_to_read(
     model: FloatModel, name: str
 ) -> None:
     assert time(model, name, "int8") < 0.8 * time(model, name, "float")
+
+
+@pytest.mark.parametrize("name", ["pointwise", "dense", "grouped"])
+def test_products_that_are_added_in_pairs_take_longer(model: FloatModel, name: str) -> None:
+    assert time(model, name, "int8", in_pairs=True) > 1.3 * time(model, name, "int8")
+    assert time(model, name, "float", in_pairs=True) == time(model, name, "float")
+
+
+@pytest.mark.parametrize("name", ["depthwise", "add"])
+def test_what_adds_no_pairs_takes_as_long_with_and_without_them(
+    model: FloatModel, name: str
+) -> None:
+    assert time(model, name, "int8", in_pairs=True) == time(model, name, "int8")
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])

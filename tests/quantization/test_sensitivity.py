@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -14,6 +15,8 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.placed_graph import PlacedGraph
+from optuna_quantune.quantization.placed_graph import PlacedNode
+from optuna_quantune.quantization.placed_graph import PlacedTensor
 from optuna_quantune.quantization.placement import place
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.quantizer import Quantizer
@@ -66,7 +69,7 @@ def test_every_step_takes_noise_away(
             measured.append(float(np.mean(np.square(outputs - reference))))
     finally:
         quantizer.float_order = None
-    assert len(order) >= 3
+    assert len(order) >= 2
     assert predicted == sorted(predicted, reverse=True)
     assert measured[-1] < 0.3 * measured[0]
 
@@ -79,28 +82,98 @@ def test_no_name_stands_in_two_steps_and_all_can_be_kept_in_float(
     place(quantizer.model, float_nodes=names)
 
 
-def test_noise_that_two_nodes_share_is_taken_away_by_both(quantizer: Quantizer) -> None:
-    prediction = only(quantizer, **{"depthwise.relu6": 1.0})
-    order = order_of(quantizer, prediction)
-    assert ("depthwise", "project") in order
-    # The stem takes less time in float: it comes first, noise or not.
-    assert order[0] == ("stem",)
+def chain(
+    nodes: Sequence[tuple[float, float, float]],
+    tensors: Sequence[float],
+    values: float = 1000.0,
+) -> PlacedGraph:
+    """Nodes in a row, by noise of the weight and time in integers and in float.
+
+    Before, between and behind them are tensors, by their noise.
+    """
+    return PlacedGraph(
+        {
+            f"n{i}": PlacedNode(*node, frozenset({f"t{i}", f"t{i + 1}"}))
+            for i, node in enumerate(nodes)
+        },
+        frozenset(f"n{i}" for i in range(len(nodes))),
+        {
+            f"t{i}": PlacedTensor(
+                values,
+                noise,
+                {f"n{i - 1}"} if i > 0 else set(),
+                {f"n{i}"} if i < len(nodes) else set(),
+            )
+            for i, noise in enumerate(tensors)
+        },
+        always_float=frozenset(),
+        rest=0.0,
+    )
+
+
+def prefixes(order: Order) -> list[frozenset[str]]:
+    """What is left in float with 1, 2 and more steps."""
+    return [frozenset().union(*order[: n + 1]) for n in range(len(order))]
+
+
+def test_noise_that_two_nodes_share_is_taken_away_by_both() -> None:
+    graph = chain([(0.0, 1e4, 1e5)] * 4, [0.1, 0.1, 1.0, 0.1, 0.1])
+    assert float_order(graph)[0] == ("n1", "n2")
+
+
+def test_a_block_pays_where_no_node_or_edge_of_it_does() -> None:
+    """Two conversions are dear, and what stands between them is not."""
+    noise = [0.0, 0.0, 0.0, *[1.0] * 6, 0.0, 0.0, 0.0]
+    ends = [(0.0, 1e4, 1e7)] * 2
+    graph = chain([*ends, *[(0.0, 1e4, 1.1e4)] * 7, *ends], noise, values=1e5)
+    block = tuple(f"n{i}" for i in range(2, 9))
+    assert block in float_order(graph)
+
+
+def test_what_takes_less_time_in_float_comes_first() -> None:
+    """An integer stem of few channels, which copies its input together tap by tap."""
+    graph = chain([(0.0, 9e4, 1e4), (1.0, 1e4, 5e4), (1.0, 1e4, 9e4)], [0.0] * 4)
+    assert float_order(graph)[0] == ("n0",)
+
+
+def test_of_equal_noise_the_cheaper_node_comes_first() -> None:
+    graph = chain([(1.0, 1e4, 4e4), (0.0, 1e4, 4e6), (1.0, 1e4, 2e4)], [0.0] * 4, values=0.0)
+    assert float_order(graph)[:2] == (("n2",), ("n0",))
 
 
 def test_an_output_that_need_not_be_rounded_costs_no_layer(quantizer: Quantizer) -> None:
     prediction = only(quantizer, logits=1.0)
     order = order_of(quantizer, prediction)
-    assert set(order) == {("logits",), ("stem",)}
+    assert "logits" in order[0]
+    graph = PlacedGraph.of(quantizer.model, quantizer.placement(()), prediction)
+    assert graph.noise(frozenset({"logits"})) == 0.0
 
 
-def test_of_equal_noise_the_cheaper_node_comes_first(quantizer: Quantizer) -> None:
-    weights = {"depthwise.weight": 1.0, "stem.weight": 1.0, "project.weight": 1.0}
-    silent = dict.fromkeys(only(quantizer).rounding, 0.0)
-    prediction = NoisePrediction(silent, silent, weights, {})
-    order = order_of(quantizer, prediction)
-    ranks = {name: rank for rank, step in enumerate(order) for name in step}
-    # The integer stem would copy three channels together tap by tap.
-    assert ranks["stem"] < ranks["project"]
+def test_a_large_step_is_taken_in_parts() -> None:
+    """Each node takes the same noise away, and the same time."""
+    graph = chain([(1.0, 1e4, 1e6)] * 6, [0.0] * 7, values=0.0)
+    assert [len(step) for step in float_order(graph)] == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_hardly_any_other_set_is_as_quiet_in_less_time(seed: int) -> None:
+    """Of eight nodes in a row, all 256 sets are looked at."""
+    rng = np.random.default_rng(seed)
+    int8 = rng.uniform(1e4, 5e4, 8)
+    noise, longer = rng.exponential(size=8), rng.uniform(0.8, 4.0, 8)
+    nodes = list(zip(noise, int8, longer * int8, strict=True))
+    graph = chain(nodes, rng.exponential(size=9).tolist(), values=2e4)
+    every = [frozenset(f"n{i}" for i in range(8) if number >> i & 1) for number in range(256)]
+    points = np.array([(graph.time(nodes), graph.noise(nodes)) for nodes in every])
+    points /= points[0]
+    reached = np.array([(graph.time(s), graph.noise(s)) for s in prefixes(float_order(graph))])
+    reached /= (graph.time(frozenset()), graph.noise(frozenset()))
+    # Between its steps the order stands for the line from one to the next.
+    in_float = graph.time(frozenset(graph.nodes)) / graph.time(frozenset())
+    line = np.concatenate([[[1.0, 1.0]], reached, [[in_float, 0.0]]])
+    line = line[np.argsort(line[:, 0])]
+    quietest = np.interp(points[:, 0], line[:, 0], line[:, 1])
+    assert np.max(quietest - points[:, 1]) < 0.05
 
 
 def test_where_there_is_no_noise_nothing_is_left_in_float(quantizer: Quantizer) -> None:
@@ -114,8 +187,7 @@ def test_the_knob_counts_steps(quantizer: Quantizer, order: Order) -> None:
     quantizer.float_order = order
     try:
         assert quantizer.float_layers(QuantizationConfig()) == ()
-        two = quantizer.float_layers(QuantizationConfig(float_layers=2))
-        assert two == (*order[0], *order[1])
+        assert quantizer.float_layers(QuantizationConfig(float_layers=1)) == order[0]
         both = QuantizationConfig(float_layers=99, mixed_precision="first_last")
         found = set(quantizer.float_layers(both))
         # The step that would leave no layer quantized is not taken, nor what comes behind it.
