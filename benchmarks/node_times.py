@@ -1,19 +1,21 @@
 """What nodes take with integers and in float, beside what the order of float layers rests on.
 
-    taskset -c 1 python -m benchmarks.node_times
+    taskset -c 1 python -m benchmarks.node_times [--estimate]
 
 `optuna_quantune/quantization/node_time.py` estimates the time of a node from its shapes. Here it
 is measured: a network of a few equal nodes is run in turns with one of more of them, and the
 difference is shared out, so that neither the ends of a network nor a profiler are part of it. A
 conversion is half of what it costs to leave one of the layers in float. Shapes are those of
-published networks; one input, one thread. Results: `benchmarks/results/node_times/`.
+published networks; one input, one thread. Results: `benchmarks/results/node_times/`, of processors
+without VNNI in its folder `without_vnni`. `--estimate` measures nothing, and estimates anew beside
+what was measured, after a change of the estimates.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +33,19 @@ from optuna_quantune.quantization.node_time import conversion_time
 from optuna_quantune.quantization.node_time import node_time
 from optuna_quantune.quantization.node_time import sizes_of
 from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.processor import detect_vnni
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
 from optuna_quantune.quantization.representation import Representation
 
 
 RESULTS = Path(__file__).parent / "results" / "node_times"
+WITHOUT_VNNI = RESULTS / "without_vnni"
 REPEATS = 200
 # Equal nodes in the shorter and in the longer network; the second one is kept in float.
 FEW, MORE = 3, 7
+# The line of a result that names the machine.
+HEADER = 2
 IN_FLOAT = "node_1"
 # Channels and height of the activations.
 SHAPES = ((16, 32), (24, 56), (64, 56), (96, 112), (128, 28), (256, 14), (512, 7), (1024, 7))
@@ -118,20 +124,28 @@ def measure(kind: str, shape: tuple[int, int]) -> dict[str, object]:
     if kind != "Add":  # between integers it is computed with integers, whatever is wished
         mixed = longer(integers, quantized(few, inputs, IN_FLOAT))
         measured["conversion"] = (mixed + measured["int8"] - measured["float"]) / 2
+    estimated = estimates(kind, shape, in_pairs=detect_vnni() is False)
+    row: dict[str, object] = {"node": kind, "channels": channels, "size": size}
+    for what, microseconds in measured.items():
+        row[f"{what}, us"] = round(microseconds, 1)
+        row[f"{what} estimated, us"] = estimated[what]
+    return row
+
+
+def estimates(kind: str, shape: tuple[int, int], *, in_pairs: bool) -> dict[str, float]:
+    """Microseconds of such a node and of a conversion, estimated."""
+    channels, size = shape
+    few = network(kind, shape, FEW)
     (middle,) = (n for n in few.proto.graph.node if n.name == IN_FLOAT)
     estimate = functools.partial(
         node_time, middle, few, sizes_of(few.proto.graph), clipped=kind.endswith("Clip")
     )
     estimated = {
         "float": estimate("float"),
-        "int8": estimate("int8"),
+        "int8": estimate("int8", in_pairs=in_pairs),
         "conversion": conversion_time(float(channels * size * size)),
     }
-    row: dict[str, object] = {"node": kind, "channels": channels, "size": size}
-    for what, microseconds in measured.items():
-        row[f"{what}, us"] = round(microseconds, 1)
-        row[f"{what} estimated, us"] = round(estimated[what] / 1e3, 1)
-    return row
+    return {what: round(nanoseconds / 1e3, 1) for what, nanoseconds in estimated.items()}
 
 
 def cases() -> list[tuple[str, tuple[int, int]]]:
@@ -145,10 +159,36 @@ def cases() -> list[tuple[str, tuple[int, int]]]:
 
 
 def main() -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    rows: Sequence[dict[str, object]] = [measure(*case) for case in cases()]
-    frame = pd.DataFrame(rows)
-    frame.to_csv(RESULTS / "node_times.csv", index=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--estimate", action="store_true", help="only beside what was measured")
+    if parser.parse_args().estimate:
+        for folder in filter(Path.exists, (RESULTS, WITHOUT_VNNI)):
+            estimate_again(folder)
+        return
+    folder = WITHOUT_VNNI if detect_vnni() is False else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    write(
+        folder,
+        pd.DataFrame([measure(*case) for case in cases()]),
+        f"`taskset -c 1 python -m benchmarks.node_times`; "
+        f"{machine.as_markdown(machine.describe())}.",
+    )
+
+
+def estimate_again(folder: Path) -> None:
+    """Beside what was measured, on the machine that it was measured on."""
+    frame = pd.read_csv(folder / "node_times.csv")
+    for index, row in frame.iterrows():
+        case = row["node"], (row["channels"], row["size"])
+        for what, value in estimates(*case, in_pairs=folder == WITHOUT_VNNI).items():
+            if not pd.isna(row[f"{what}, us"]):
+                frame.loc[index, f"{what} estimated, us"] = value
+    write(folder, frame, (folder / "README.md").read_text().splitlines()[HEADER])
+
+
+def write(folder: Path, frame: pd.DataFrame, header: str) -> None:
+    """The table; `header` says with which command, and on which machine."""
+    frame.to_csv(folder / "node_times.csv", index=False)
     errors = []
     for what in ("float", "int8", "conversion"):
         ratio = np.log2(frame[f"{what} estimated, us"] / frame[f"{what}, us"].clip(lower=0.5))
@@ -161,7 +201,7 @@ def main() -> None:
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     text = f"""# Estimated times of nodes
 
-`taskset -c 1 python -m benchmarks.node_times`; {machine.as_markdown(machine.describe())}.
+{header}
 
 Microseconds of a node in the middle of a network, and of making floats of integers or integers of
 floats there; medians of {REPEATS} runs in turns. Estimated over measured, median (10th to 90th
@@ -169,7 +209,7 @@ percentile): {"; ".join(errors)}.
 
 {lines}
 """
-    (RESULTS / "README.md").write_text(text)
+    (folder / "README.md").write_text(text)
     print(text)
 
 

@@ -118,7 +118,7 @@ class Builder:
             return math.nan
         with self._lock:
             chosen = frozenset(self._quantizer_for(config).float_layers(config))
-            graph = self._graph(equalized=config.equalization)
+            graph = self.placed_graph(equalized=config.equalization)
             return graph.latency_ratio(chosen, activation_bits=config.activation_bits)
 
     def predict_size(self, config: QuantizationConfig) -> float:
@@ -143,8 +143,22 @@ class Builder:
         with self._lock:
             quantizer = self.quantizer(equalized=equalized)
             if quantizer.float_order is None:
-                quantizer.float_order = float_order(self._graph(equalized=equalized))
+                quantizer.float_order = float_order(self.placed_graph(equalized=equalized))
             return quantizer.float_order
+
+    def placed_graph(self, *, equalized: bool) -> PlacedGraph:
+        """Noise and time of the nodes and tensors, on which the order of float layers rests."""
+        with self._lock:
+            if equalized not in self._graphs:
+                quantizer = self.quantizer(equalized=equalized)
+                whole = QuantizationConfig(bias_correction=True, equalization=equalized)
+                self._graphs[equalized] = PlacedGraph.of(
+                    quantizer.model,
+                    quantizer.placement(()),
+                    self._noise(equalized=equalized).predict(whole),
+                    in_pairs=quantizer.representation.adds_in_pairs,
+                )
+            return self._graphs[equalized]
 
     @cached_property
     def _values(self) -> dict[str, int]:
@@ -216,18 +230,6 @@ class Builder:
                 )
                 self._noise_models[equalized] = NoiseModel(quantizer, gains)
             return self._noise_models[equalized]
-
-    def _graph(self, *, equalized: bool) -> PlacedGraph:
-        if equalized not in self._graphs:
-            quantizer = self.quantizer(equalized=equalized)
-            whole = QuantizationConfig(bias_correction=True, equalization=equalized)
-            self._graphs[equalized] = PlacedGraph.of(
-                quantizer.model,
-                quantizer.placement(()),
-                self._noise(equalized=equalized).predict(whole),
-                in_pairs=quantizer.representation.adds_in_pairs,
-            )
-        return self._graphs[equalized]
 
     def _quantizer_for(self, config: QuantizationConfig) -> Quantizer:
         """The quantizer of a configuration, with the order of float layers if that counts."""

@@ -64,6 +64,7 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import NoisePrediction
+from optuna_quantune.quantization.placed_graph import PlacedGraph
 from optuna_quantune.quantization.quantizer import QuantizedModel
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.search.configurations import CONSTRAINT_PRIOR
@@ -298,6 +299,11 @@ class QuantizationObjective:
         Of the model without equalization.
         """
         return self._builder.float_order(equalized=False)
+
+    @property
+    def placed_graph(self) -> PlacedGraph:
+        """What `float_order` rests on: noise and time of nodes and tensors, one by one."""
+        return self._builder.placed_graph(equalized=False)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import onnx
 
+from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import groups_of
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.model import FloatModel
@@ -24,30 +25,34 @@ from optuna_quantune.quantization.model import WEIGHTED_OPS
 
 Kind = Literal["float", "int8"]
 
-_NODE: Final = {"float": 1.5e3, "int8": 3.5e3}
-_MULTIPLICATION: Final = {"float": 0.014, "int8": 0.0027}
+_NODE: Final = {"float": 1.5e3, "int8": 1.8e3}
+_MULTIPLICATION: Final = {"float": 0.014, "int8": 0.0034}
 # Without VNNI: the products of integers take three instructions instead of one.
-_MULTIPLICATION_IN_PAIRS: Final = 0.008
+_MULTIPLICATION_IN_PAIRS: Final = 0.009
 _DEPTHWISE: Final = {"float": 0.012, "int8": 0.028}
 # Channels that the depthwise kernels take at once. The float one is not used for other numbers of
 # them, and integer ones are filled up (`kernel_channels.py`).
 CHANNELS_AT_ONCE: Final = {"float": 4, "int8": 16}
 _ODD_DEPTHWISE: Final = 0.2
-_WEIGHT: Final = {"float": 0.35, "int8": 0.15}
+_WEIGHT: Final = {"float": 0.35, "int8": 0.1}
 _VALUE: Final = {"float": 0.25, "int8": 0.15}
 # A Clip is a pass of its own over float values; integers are cut off where they are rounded.
 _CLIPPED_VALUE: Final = {"float": 0.2, "int8": 0.0}
 # Each value of a float tensor that leaves the processor's cache is written and read slowly.
 _FAR: Final = 1 << 19
 _FAR_VALUE: Final = {"float": 0.15, "int8": 0.0}
-# The integer convolution first copies its input together, tap by tap for every place; where there
-# are few channels a tap takes as long as many would. (The float one has a kernel for those.)
-_COPIED_TAP: Final = {"few": 4.0, "many": 2.6, "depthwise": 1.2}
+# The integer convolution first copies its input together, tap by tap for every place, unless that
+# is the input as it is; where there are few channels a tap takes as long as many would. (The float
+# one has a kernel for those.)
+_COPIED_TAP: Final = {"few": 4.0, "many": 1.25, "depthwise": 1.2}
+_COPIED_CHANNEL: Final = 0.014
 _FEW_CHANNELS: Final = 4
 # Groups are gone through one by one; with integers each makes up a whole number of the channels
-# that are multiplied at once. The float convolution has a kernel for groups in sixteens and copies
-# the input of others.
-_GROUP: Final = 4.0
+# that are multiplied at once. (How many groups are fastest was measured, and these numbers give
+# it; several take longer than they say.) The float convolution has a kernel for groups in sixteens
+# and copies the input of others.
+_GROUP: Final = {"group": 4.0, "tap": 2.6, "multiplication": 0.0027}
+_SEVERAL_GROUPS: Final = 1.4
 _AT_ONCE: Final = {"outputs": 16, "inputs": 4}
 _BLOCK: Final = 16
 _COPIED_VALUE: Final = 0.5
@@ -104,11 +109,14 @@ def node_time(
         return time + (_COPIED_TAP["depthwise"] * taps * places if kind == "int8" else 0.0)
     if kind == "int8" and groups > 1:
         left = fastest_groups(weight.shape, groups)
-        return time + _groups_time(weight.shape, groups, left, multiplication) * places
+        slower = _SEVERAL_GROUPS if left > 1 else 1.0
+        products = multiplication / _MULTIPLICATION["int8"]
+        grouped = _groups_time(weight.shape, groups, left, products=products)
+        return time + slower * grouped * places
     time += multiplication * weight.size * places
     if kind == "int8":
-        channels = "few" if read and read[0] <= _FEW_CHANNELS else "many"
-        return time + _COPIED_TAP[channels] * taps * places
+        is_whole = taps == 1 and all(n == 1 for n in attribute_of(node, "strides", [1]))
+        return time if is_whole else time + _copied_tap(weight.shape[1]) * taps * places
     if (
         groups > 1
         and taps > 1
@@ -132,17 +140,23 @@ def fastest_groups(shape: Sequence[int], groups: int) -> int:
     return min(divisors, key=lambda left: _groups_time(shape, groups, left))
 
 
-def _groups_time(
-    shape: Sequence[int],
-    groups: int,
-    left: int,
-    multiplication: float = _MULTIPLICATION["int8"],
-) -> float:
-    """Nanoseconds at each place that an integer convolution takes with `left` of its groups."""
+def _groups_time(shape: Sequence[int], groups: int, left: int, *, products: float = 1.0) -> float:
+    """Nanoseconds at each place that an integer convolution takes with `left` of its groups.
+
+    Products take `products` times as long as with VNNI.
+    """
     taps = _count(shape[2:])
     outputs = -(-shape[0] // left // _AT_ONCE["outputs"]) * _AT_ONCE["outputs"]
     inputs = -(-shape[1] * groups // left // _AT_ONCE["inputs"]) * _AT_ONCE["inputs"]
-    return left * (_GROUP + (_COPIED_TAP["many"] + multiplication * outputs * inputs) * taps)
+    multiplications = products * _GROUP["multiplication"] * outputs * inputs
+    return left * (_GROUP["group"] + (_GROUP["tap"] + multiplications) * taps)
+
+
+def _copied_tap(channels: int) -> float:
+    """Nanoseconds that it takes to copy one tap of so many channels."""
+    if channels <= _FEW_CHANNELS:
+        return _COPIED_TAP["few"]
+    return _COPIED_TAP["many"] + _COPIED_CHANNEL * channels
 
 
 def conversion_time(values: float) -> float:
