@@ -17,7 +17,8 @@ its latency five times more, with one thread and with all; the table has the mid
 With `--target vta`, an integer-only accelerator, the spaces are the paper's 12 configurations and
 `extended`; nothing is said of latency, which this machine's would tell nothing about.
 
-Results go to `benchmarks/results/accuracy/` or `accuracy_vta/`, one line of `results.jsonl` for
+Results go to `benchmarks/results/accuracy/`, on processors without VNNI to
+`accuracy_without_vnni/`, for the accelerator to `accuracy_vta/`, one line of `results.jsonl` for
 each model and space; what is there is not run again, and an interrupted search goes on where it
 stopped (`--work`).
 """
@@ -62,6 +63,7 @@ from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
 from optuna_quantune.quantization.config import MixedPrecision
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.processor import detect_vnni
 from optuna_quantune.quantization.sensitivity import LONGEST_ORDER
 from optuna_quantune.selection import AGREES_KEY
 from optuna_quantune.selection import little_noise
@@ -108,9 +110,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "accuracy")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder = RESULTS / (
-        "accuracy" if arguments.target == "cpu" else f"accuracy_{arguments.target}"
-    )
+    folder = RESULTS / results_of(arguments.target)
     folder.mkdir(parents=True, exist_ok=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
     lines = folder / "results.jsonl"
@@ -128,6 +128,13 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     if rows:
         write(rows, folder, arguments.target)
+
+
+def results_of(target: str) -> str:
+    """The folder of a target's results."""
+    if target != "cpu":
+        return f"accuracy_{target}"
+    return "accuracy" if detect_vnni() is not False else "accuracy_without_vnni"
 
 
 def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:

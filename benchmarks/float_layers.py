@@ -145,8 +145,8 @@ def write(frame: pd.DataFrame) -> None:
         {
             "model": row.model,
             "order": row.order,
-            "steps": row.steps,
-            "nodes": row.nodes,
+            "steps": str(int(row.steps)),
+            "nodes": str(int(row.nodes)),
             "latency": f"{row.latency:.2f} ({row.latency_low:.2f} to {row.latency_high:.2f})",
             "expected": f"{row.expected_latency:.2f}",
             "SQNR, dB": f"{row.sqnr_db:.1f}",
