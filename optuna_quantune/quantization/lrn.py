@@ -38,14 +38,18 @@ def without_powers(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def needs_no_power(lrn: onnx.NodeProto) -> bool:
+    """Whether two square roots do what an LRN's power does."""
+    return bool(abs(attribute_of(lrn, "beta", _EXPONENT) - _EXPONENT) <= 1e-6)
+
+
 def take_square_roots(graph: Rewriting, lrn: onnx.NodeProto) -> None:
     """Writes ``x / (bias + alpha / size * sum(x ** 2)) ** 0.75`` without the power.
 
     The sum goes over neighbouring channels: a 1 x 1 convolution with a banded weight.
     """
     shape = graph.shape_before(lrn)
-    exponent = attribute_of(lrn, "beta", _EXPONENT)
-    if shape is None or abs(exponent - _EXPONENT) > 1e-6:
+    if shape is None or not needs_no_power(lrn):
         return
     size = attribute_of(lrn, "size")
     alpha, bias = attribute_of(lrn, "alpha", 1e-4), attribute_of(lrn, "bias", 1.0)

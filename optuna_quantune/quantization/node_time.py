@@ -19,6 +19,7 @@ import onnx
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import groups_of
 from optuna_quantune.quantization.graph import tensor_shapes
+from optuna_quantune.quantization.lrn import needs_no_power
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 
@@ -56,6 +57,10 @@ _SEVERAL_GROUPS: Final = 1.4
 _AT_ONCE: Final = {"outputs": 16, "inputs": 4}
 _BLOCK: Final = 16
 _COPIED_VALUE: Final = 0.5
+# LRN raises every value to a power; written with square roots it is a dense 1 x 1 convolution and
+# some passes (`lrn.py`).
+_POWER: Final = 25.0
+_PASSES: Final = 5
 # Quantizing or dequantizing changes the layout, too.
 _CONVERSION: Final = 5e3
 _CONVERTED_VALUE: Final = 0.6
@@ -83,7 +88,8 @@ def node_time(
         node: One of the model's.
         model: The prepared float model.
         sizes: As from `sizes_of`.
-        kind: Whether it computes with integers or in float.
+        kind: Whether it computes with integers or in float; of LRN, which never has integers,
+            whether it is written as in a quantized model or as in the float model.
         clipped: Whether a Clip follows, which is counted in.
         in_pairs: Whether products of integers are added in pairs, as without VNNI.
     """
@@ -94,6 +100,11 @@ def node_time(
     values = _count(written)
     time = _NODE[kind] + (_CLIPPED_VALUE[kind] * values if clipped else 0.0)
     time += _FAR_VALUE[kind] * sum(n for n in (values, _count(read)) if n > _FAR)
+    if node.op_type == "LRN":
+        if kind == "float" or not needs_no_power(node):
+            return time + _POWER * values
+        multiplications = _MULTIPLICATION["float"] * _count(written[:1])
+        return time + (multiplications + _PASSES * _VALUE["float"]) * values
     if node.op_type not in WEIGHTED_OPS or node.input[1] not in model.weights:
         return time + _VALUE[kind] * max(values, _count(read))
     weight = model.weights[node.input[1]]

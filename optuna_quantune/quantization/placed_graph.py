@@ -73,6 +73,7 @@ class PlacedGraph:
         tensors: The activations with Q/DQ pairs, by the name of their statistics.
         always_float: Names of the nodes beside those that read or write such activations.
         rest: Nanoseconds of the nodes that are always computed in float.
+        rest_in_float: What these take in the float model.
     """
 
     nodes: Mapping[str, PlacedNode]
@@ -80,6 +81,7 @@ class PlacedGraph:
     tensors: Mapping[str, PlacedTensor]
     always_float: frozenset[str]
     rest: float
+    rest_in_float: float
 
     @classmethod
     def of(
@@ -115,7 +117,7 @@ class PlacedGraph:
         weights = {layer.name: layer.weight for layer in model.layers}
         nodes: dict[str, PlacedNode] = {}
         passed_on: dict[str, str] = {}  # through nodes that only move or cut values
-        rest = 0.0
+        rest = rest_in_float = 0.0
         view = GraphView(proto)
         for node in proto.node:
             keys = []
@@ -136,7 +138,10 @@ class PlacedGraph:
             clipped = reader is not None and reader.op_type == "Clip"
             float_time = node_time(node, model, sizes, "float", clipped=clipped)
             if node.name not in integer or written is None or not keys:
-                rest += float_time
+                rest_in_float += float_time
+                rest += (
+                    node_time(node, model, sizes, "int8") if node.op_type == "LRN" else float_time
+                )
                 continue
             nodes[node.name] = PlacedNode(
                 noise.weights.get(weights.get(node.name, ""), 0.0),
@@ -156,7 +161,7 @@ class PlacedGraph:
                 nodes[output.name] = PlacedNode(0.0, 0.0, 0.0, frozenset([output.name]))
         seen = {name for t in tensors.values() for name in (*t.writers, *t.readers)}
         layers = frozenset(name for name in nodes if name in weights)
-        return cls(nodes, layers, tensors, frozenset(seen - set(nodes)), rest)
+        return cls(nodes, layers, tensors, frozenset(seen - set(nodes)), rest, rest_in_float)
 
     def moves(self) -> list[tuple[str, ...]]:
         """Single nodes, outputs, the two ends of each edge, and all that write one tensor."""
@@ -181,13 +186,13 @@ class PlacedGraph:
                 in float between conversions.
         """
         in_float = sum(node.float_time for node in self.nodes.values())
-        if activation_bits == 8:
-            return (self.rest + self.time(chosen)) / max(self.rest + in_float, 1.0)
-        rounded = [
-            t for t in self.tensors.values() if self._split(t.writers | t.readers, chosen)[0]
-        ]
-        conversions = sum(2.0 * conversion_time(tensor.values) for tensor in rounded)
-        return 1.0 + conversions / max(self.rest + in_float, 1.0)
+        time = self.time(chosen)
+        if activation_bits == 16:
+            rounded = [
+                t for t in self.tensors.values() if self._split(t.writers | t.readers, chosen)[0]
+            ]
+            time = in_float + sum(2.0 * conversion_time(tensor.values) for tensor in rounded)
+        return (self.rest + time) / max(self.rest_in_float + in_float, 1.0)
 
     def noise(self, chosen: Set[str]) -> float:
         """The noise that is left when `chosen` is left in float."""

@@ -51,6 +51,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> FloatModel:
         attributes = {"pads": pads, "group": GROUPS.get(name, 1)}
         nodes.append(helper.make_node("Conv", [source, name], [output], name, **attributes))
     nodes.append(helper.make_node("Add", ["x", "dense.out"], ["add.out"], "add"))
+    for name, beta in (("lrn", 0.75), ("other_lrn", 0.5)):
+        nodes.append(helper.make_node("LRN", ["x"], [f"{name}.out"], name, size=5, beta=beta))
     graph = helper.make_graph(
         nodes,
         "layers",
@@ -109,6 +111,13 @@ def test_the_integer_layer_with_few_channels_copies_them_tap_by_tap(model: Float
 def test_groups_save_time_and_cost_some(model: FloatModel, kind: Kind) -> None:
     assert time(model, "dense", kind) / 4.0 < time(model, "grouped", kind)
     assert time(model, "grouped", kind) < time(model, "dense", kind)
+
+
+def test_a_power_takes_longer_than_the_square_roots_of_a_quantized_model(
+    model: FloatModel,
+) -> None:
+    assert time(model, "lrn", "float") > 5.0 * time(model, "lrn", "int8")
+    assert time(model, "other_lrn", "int8") > 0.9 * time(model, "other_lrn", "float")
 
 
 def test_odd_channels_of_a_float_depthwise_convolution_take_long(model: FloatModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -108,6 +109,7 @@ def chain(
         },
         always_float=frozenset(),
         rest=0.0,
+        rest_in_float=0.0,
     )
 
 
@@ -174,6 +176,12 @@ def test_hardly_any_other_set_is_as_quiet_in_less_time(seed: int) -> None:
     line = line[np.argsort(line[:, 0])]
     quietest = np.interp(points[:, 0], line[:, 0], line[:, 1])
     assert np.max(quietest - points[:, 1]) < 0.05
+
+
+def test_what_a_quantized_model_does_in_less_time_in_float_counts() -> None:
+    """LRN, whose power becomes square roots."""
+    graph = replace(chain([(1.0, 1e4, 4e4)], [0.0] * 2), rest=1e4, rest_in_float=1e5)
+    assert graph.latency_ratio(frozenset({"n0"})) == pytest.approx((1e4 + 4e4) / (1e5 + 4e4))
 
 
 def test_where_there_is_no_noise_nothing_is_left_in_float(quantizer: Quantizer) -> None:
