@@ -68,7 +68,7 @@ def main() -> None:
             print(row, flush=True)
             frame = pd.concat([frame, pd.DataFrame([row])], ignore_index=True)
             frame.to_csv(file, index=False, float_format="%.5g")
-    write(frame)
+        write(frame)
 
 
 def objective_of(name: str, data: Path, work: Path) -> QuantizationObjective:

@@ -7,6 +7,7 @@ node with integers writes it, or one reads it.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Set
 from dataclasses import dataclass
@@ -60,6 +61,17 @@ class PlacedNode:
     int8_time: float
     float_time: float
     tensors: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _With:
+    """What is in one set or the other, without making their union."""
+
+    names: Container[str]
+    others: Container[str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names or name in self.others
 
 
 @dataclass(frozen=True)
@@ -204,9 +216,12 @@ class PlacedGraph:
         nodes = sum(self._node_time(name, chosen) for name in self.nodes)
         return nodes + sum(self._conversions(t, chosen) for t in self.tensors.values())
 
-    def change(self, chosen: Set[str], added: Set[str]) -> tuple[float, float]:
-        """Noise taken away and nanoseconds added by leaving `added` in float beside `chosen`."""
-        after = chosen | added
+    def change(self, chosen: Container[str], added: Set[str]) -> tuple[float, float]:
+        """Noise taken away and nanoseconds added by leaving `added` in float beside `chosen`.
+
+        How long that takes does not depend on how much is chosen.
+        """
+        after = _With(chosen, added)
         quieter = sum(self.nodes[name].noise for name in added)
         slower = sum(
             self._node_time(name, after) - self._node_time(name, chosen) for name in added
@@ -217,16 +232,16 @@ class PlacedGraph:
             slower += self._conversions(tensor, after) - self._conversions(tensor, chosen)
         return quieter, slower
 
-    def _node_time(self, name: str, chosen: Set[str]) -> float:
+    def _node_time(self, name: str, chosen: Container[str]) -> float:
         node = self.nodes[name]
         return node.float_time if name in chosen else node.int8_time
 
-    def _split(self, names: Set[str], chosen: Set[str]) -> tuple[int, int]:
+    def _split(self, names: Set[str], chosen: Container[str]) -> tuple[int, int]:
         """How many nodes compute with integers, and how many in float."""
         in_float = sum(name in chosen or name in self.always_float for name in names)
         return len(names) - in_float, in_float
 
-    def _rounded(self, tensor: PlacedTensor, chosen: Set[str]) -> float:
+    def _rounded(self, tensor: PlacedTensor, chosen: Container[str]) -> float:
         """The noise that is left. A float reader of what a float node wrote sees none of it."""
         if tensor.output in chosen:
             return 0.0
@@ -236,7 +251,7 @@ class PlacedGraph:
             return tensor.noise if integer_writers or integer_readers else 0.0
         return tensor.noise * integer_readers / (integer_readers + float_readers)
 
-    def _conversions(self, tensor: PlacedTensor, chosen: Set[str]) -> float:
+    def _conversions(self, tensor: PlacedTensor, chosen: Container[str]) -> float:
         integer_writers, float_writers = self._split(tensor.writers, chosen)
         integer_readers, float_readers = self._split(tensor.readers, chosen)
         quantized = integer_readers and (float_writers or not tensor.writers)

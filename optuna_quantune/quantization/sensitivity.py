@@ -10,20 +10,21 @@ precision, NNCF's accuracy-aware quantization).
 These tools take layers one by one. But a layer that is left in float between others costs two
 conversions, and takes hardly any noise away as its input and output are still rounded; a whole
 block pays. So a step is the set of nodes that takes most noise away for each nanosecond that it
-adds, of whatever size. Such a set is found by Dinkelbach's method (On nonlinear fractional
-programming, Management Science 13(7), 1967): a nanosecond gets a price, the set that is worth most
-above its price is looked for, and the price is raised to what that set pays, until none is worth
-more. The set for one price comes from a local search whose moves are single nodes, the ends of an
-edge, and nodes in a row. The first step has what takes no longer in float than with integers.
+adds, of whatever size. It is found by Dinkelbach's method (On nonlinear fractional programming,
+Management Science 13(7), 1967): a nanosecond gets a price, the set that is worth most above its
+price is looked for (`float_sets.py`), and the price is raised to what that set pays, until none is
+worth more. The first step has what takes no longer in float than with integers; large steps are
+taken in parts, in the order of the graph.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Container
 from collections.abc import Iterator
 from collections.abc import Set
 from typing import Final
 
+from optuna_quantune.quantization.float_sets import best_set
 from optuna_quantune.quantization.placed_graph import PlacedGraph
 
 
@@ -37,8 +38,6 @@ _LEAST_TIME: Final = 0.002
 _LARGE_PART: Final = 0.2
 _LONG_PART: Final = 0.03
 _NEARLY: Final = 0.7
-# Numbers of nodes in a row that are moves.
-_ROWS: Final = (4, 8, 12)
 # What a share of the time is worth, in shares of the noise, where time is all that counts.
 _HIGHEST_PRICE: Final = 1.0 / _LEAST_TIME
 # Differences of sums of floats.
@@ -76,30 +75,29 @@ class _Order:
     def __init__(self, graph: PlacedGraph) -> None:
         self._graph = graph
         self._noise, self._time = graph.noise(frozenset()), graph.time(frozenset())
-        names = list(graph.nodes)
-        self._everything = frozenset(names)
-        rows = [names[i : i + n] for n in _ROWS for i in range(len(names) - n + 1)]
-        self._moves = [frozenset(move) for move in (*graph.moves(), *rows)]
+        # Outputs come first, as they take no time.
+        ahead = sorted(graph.nodes, key=lambda name: graph.nodes[name].float_time > 0.0)
+        self._position = {name: number for number, name in enumerate(ahead)}
 
     def steps(self) -> Iterator[frozenset[str]]:
         """Sets of nodes that follow each other; together they leave some layer quantized."""
         chosen: frozenset[str] = frozenset()
         step: frozenset[str] = frozenset()
         while not self._graph.layers <= chosen:
-            found = self._densest(chosen | step, self._everything - chosen - step)
+            found = self._densest(chosen | step)
             step |= found
+            if not step:
+                return
             if found and not self._is_worth_a_step(chosen, step):
                 continue
             for part in self._parts(chosen, step):
-                if self._graph.layers <= chosen | part:
-                    return
                 yield part
                 chosen |= part
-            step = frozenset()
-            if not found:
+            if not found or self._graph.layers <= chosen | step:
                 return
+            step = frozenset()
 
-    def _change(self, chosen: Set[str], added: Set[str]) -> tuple[float, float]:
+    def _change(self, chosen: Container[str], added: Set[str]) -> tuple[float, float]:
         """Noise taken away and time added, in shares of the whole."""
         quieter, slower = self._graph.change(chosen, added)
         return quieter / self._noise, slower / self._time
@@ -109,87 +107,44 @@ class _Order:
         left = self._graph.noise(chosen) / self._noise
         return quieter > _LEAST_STEP * left or slower < -_LEAST_TIME
 
-    def _densest(self, chosen: frozenset[str], within: frozenset[str]) -> frozenset[str]:
+    def _densest(self, chosen: frozenset[str]) -> frozenset[str]:
         """The nodes that take most noise away for the time they add; none if none does."""
-        best, price = frozenset[str](), 0.0
-        for move in self._moves:
-            paid = self._paid(*self._change(chosen, move & within))
-            if paid > price:
-                best, price = move & within, paid
-        while best:
-            found = self._worth_most(chosen, within, price, [best, within])
-            if not found:
-                break
-            best, paid = found, self._paid(*self._change(chosen, found))
-            if paid <= price:
-                break
-            price = paid
-        return best
-
-    @staticmethod
-    def _paid(quieter: float, slower: float) -> float:
-        """The highest price of time at which such a change is worth it."""
-        if slower > 0.0:
-            return min(quieter / slower, _HIGHEST_PRICE)
-        return _HIGHEST_PRICE if quieter - _HIGHEST_PRICE * slower > _ROUNDING else 0.0
-
-    def _worth_most(
-        self,
-        chosen: frozenset[str],
-        within: frozenset[str],
-        price: float,
-        starts: list[frozenset[str]],
-    ) -> frozenset[str]:
-        """The set that takes most noise away above the price of the time it adds."""
-        best, most = frozenset[str](), _ROUNDING
-        for start in starts:
-            found = self._improved(chosen, within, price, start)
+        unit = self._noise / self._time
+        best = best_set(self._graph, chosen, _HIGHEST_PRICE * unit)
+        if best:  # what adds hardly any time
+            return best
+        price = 0.0
+        while found := best_set(self._graph, chosen, price * unit):
             quieter, slower = self._change(chosen, found)
-            if quieter - price * slower > most:
-                best, most = found, quieter - price * slower
+            if quieter <= (price + _ROUNDING) * slower:
+                break
+            best, price = found, quieter / slower if slower > 0.0 else _HIGHEST_PRICE
         return best
-
-    def _improved(
-        self,
-        chosen: frozenset[str],
-        within: frozenset[str],
-        price: float,
-        start: frozenset[str],
-    ) -> frozenset[str]:
-        """What a local search makes of a set."""
-        found, before = start, None
-        while found != before:
-            before = found
-            for move in self._moves:
-                more = (move & within) - found
-                if more:
-                    quieter, slower = self._change(chosen | found, more)
-                    if quieter - price * slower > _ROUNDING:
-                        found |= more
-                less = move & found
-                if less:
-                    quieter, slower = self._change(chosen | (found - less), less)
-                    if quieter - price * slower < -_ROUNDING:
-                        found -= less
-        return found
 
     def _parts(self, chosen: frozenset[str], step: frozenset[str]) -> list[frozenset[str]]:
         """A step in parts that are about as worthwhile as all of it, if it is a large one.
 
-        One that leaves no layer quantized is the float model: any part is better.
+        One that leaves no layer quantized is the float model: any part is better, and the last one
+        is left out.
         """
-        is_all = self._graph.layers <= chosen | step
+        layers = self._graph.layers
+        is_all = layers <= chosen | step
         parts: list[frozenset[str]] = []
-        done: frozenset[str] = frozenset()
-        for way in self._way(chosen, step):
+        before = part = frozenset[str]()
+        for name in sorted(step, key=self._position.__getitem__):
+            if layers <= chosen | before | part | {name}:
+                break
+            part |= {name}
+            done = before | part
             if (
-                self._is_large(chosen | done, way - done)
-                and self._is_worth_a_step(chosen | way, step - way)
-                and (is_all or self._pays(chosen, way, step))
+                self._is_large(chosen | before, part)
+                and self._is_worth_a_step(chosen | done, step - done)
+                and (is_all or self._pays(chosen, done, step))
             ):
-                parts.append(way - done)
-                done = way
-        return [*parts, step - done]
+                parts.append(part)
+                before, part = done, frozenset()
+        rest = part if is_all else step - before
+        return [*parts, rest] if self._is_worth_a_step(chosen | before, rest) else parts
 
     def _is_large(self, chosen: Set[str], part: Set[str]) -> bool:
         quieter, slower = self._change(chosen, part)
@@ -201,25 +156,3 @@ class _Order:
         quieter, slower = self._change(chosen, part)
         most, longest = self._change(chosen, step)
         return slower <= _LEAST_TIME or quieter * longest >= _NEARLY * most * slower > 0.0
-
-    def _way(self, chosen: frozenset[str], step: frozenset[str]) -> Iterator[frozenset[str]]:
-        """Growing sets, one move after the other, from the first up to the whole of a step.
-
-        Moves that add much time come when no others are left, and one that leaves no layer
-        quantized comes last.
-        """
-        done: frozenset[str] = frozenset()
-        while done != step:
-            best, best_score = frozenset[str](), (False, False, -math.inf)
-            for move in self._moves:
-                added = (move & step) - done
-                if not added:
-                    continue
-                quieter, slower = self._change(chosen | done, added)
-                worth = (quieter - min(slower, 0.0)) / max(slower, _LEAST_TIME)
-                is_last = self._graph.layers <= chosen | done | added
-                score = not is_last, slower <= _LONG_PART, worth
-                if score > best_score:
-                    best, best_score = added, score
-            done |= best
-            yield done
