@@ -10,11 +10,9 @@ precision, NNCF's accuracy-aware quantization).
 These tools take layers one by one. But a layer that is left in float between others costs two
 conversions, and takes hardly any noise away as its input and output are still rounded; a whole
 block pays. So a step is the set of nodes that takes most noise away for each nanosecond that it
-adds, of whatever size. It is found by Dinkelbach's method (On nonlinear fractional programming,
-Management Science 13(7), 1967): a nanosecond gets a price, the set that is worth most above its
-price is looked for (`float_sets.py`), and the price is raised to what that set pays, until none is
-worth more. The first step has what takes no longer in float than with integers; large steps are
-taken in parts, in the order of the graph.
+adds, of whatever size: a nanosecond has a price, which falls little by little, and each time the
+set that is worth most above its price is found (`float_sets.py`). The first step has what takes no
+longer in float than with integers; large steps are taken in parts, in the order of the graph.
 """
 
 from __future__ import annotations
@@ -40,8 +38,8 @@ _LONG_PART: Final = 0.03
 _NEARLY: Final = 0.7
 # What a share of the time is worth, in shares of the noise, where time is all that counts.
 _HIGHEST_PRICE: Final = 1.0 / _LEAST_TIME
-# Differences of sums of floats.
-_ROUNDING: Final = 1e-9
+_LOWEST_PRICE: Final = 1e-3
+_CHEAPER: Final = 0.85
 
 
 def float_order(graph: PlacedGraph) -> tuple[tuple[str, ...], ...]:
@@ -83,19 +81,18 @@ class _Order:
         """Sets of nodes that follow each other; together they leave some layer quantized."""
         chosen: frozenset[str] = frozenset()
         step: frozenset[str] = frozenset()
-        while not self._graph.layers <= chosen:
-            found = self._densest(chosen | step)
-            step |= found
-            if not step:
-                return
-            if found and not self._is_worth_a_step(chosen, step):
-                continue
-            for part in self._parts(chosen, step):
-                yield part
-                chosen |= part
-            if not found or self._graph.layers <= chosen | step:
-                return
-            step = frozenset()
+        price = _HIGHEST_PRICE
+        while price > _LOWEST_PRICE and not self._graph.layers <= chosen | step:
+            unit = self._noise / self._time
+            step |= best_set(self._graph, chosen | step, price * unit)
+            if step and self._is_worth_a_step(chosen, step):
+                for part in self._parts(chosen, step):
+                    yield part
+                    chosen |= part
+                if self._graph.layers <= chosen | step:
+                    return
+                step = frozenset()
+            price *= _CHEAPER
 
     def _change(self, chosen: Container[str], added: Set[str]) -> tuple[float, float]:
         """Noise taken away and time added, in shares of the whole."""
@@ -106,20 +103,6 @@ class _Order:
         quieter, slower = self._change(chosen, step)
         left = self._graph.noise(chosen) / self._noise
         return quieter > _LEAST_STEP * left or slower < -_LEAST_TIME
-
-    def _densest(self, chosen: frozenset[str]) -> frozenset[str]:
-        """The nodes that take most noise away for the time they add; none if none does."""
-        unit = self._noise / self._time
-        best = best_set(self._graph, chosen, _HIGHEST_PRICE * unit)
-        if best:  # what adds hardly any time
-            return best
-        price = 0.0
-        while found := best_set(self._graph, chosen, price * unit):
-            quieter, slower = self._change(chosen, found)
-            if quieter <= (price + _ROUNDING) * slower:
-                break
-            best, price = found, quieter / slower if slower > 0.0 else _HIGHEST_PRICE
-        return best
 
     def _parts(self, chosen: frozenset[str], step: frozenset[str]) -> list[frozenset[str]]:
         """A step in parts that are about as worthwhile as all of it, if it is a large one.
