@@ -12,11 +12,12 @@ conversions, and takes hardly any noise away as its input and output are still r
 block pays. So a step is the set of nodes that takes most noise away for each nanosecond that it
 adds, of whatever size: a nanosecond has a price, which falls little by little, and each time the
 set that is worth most above its price is found (`float_sets.py`). The first step has what takes no
-longer in float than with integers; large steps are taken in parts, in the order of the graph.
+longer in float than with integers; large steps are taken in parts, block by block.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container
 from collections.abc import Iterator
 from collections.abc import Set
@@ -114,7 +115,8 @@ class _Order:
         is_all = layers <= chosen | step
         parts: list[frozenset[str]] = []
         before = part = frozenset[str]()
-        for name in sorted(step, key=self._position.__getitem__):
+        names = self._in_order(chosen, step)
+        for name, following in itertools.zip_longest(names, names[1:], fillvalue=names[-1]):
             if layers <= chosen | before | part | {name}:
                 break
             part |= {name}
@@ -123,11 +125,35 @@ class _Order:
                 self._is_large(chosen | before, part)
                 and self._is_worth_a_step(chosen | done, step - done)
                 and (is_all or self._pays(chosen, done, step))
+                # No block is cut where the next node takes a conversion away.
+                and self._change(chosen | done, {following} - done)[1] >= 0.0
             ):
                 parts.append(part)
                 before, part = done, frozenset()
         rest = part if is_all else step - before
         return [*parts, rest] if self._is_worth_a_step(chosen | before, rest) else parts
+
+    def _in_order(self, chosen: frozenset[str], step: frozenset[str]) -> list[str]:
+        """Its blocks, those that pay most first, each in the order of the graph.
+
+        Blocks have no tensor in common.
+        """
+        blocks: list[set[str]] = []
+        for name in sorted(step, key=self._position.__getitem__):
+            tensors = self._graph.nodes[name].tensors
+            joined = {name}
+            for block in list(blocks):
+                if any(tensors & self._graph.nodes[other].tensors for other in block):
+                    joined |= block
+                    blocks.remove(block)
+            blocks.append(joined)
+
+        def worth(block: Set[str]) -> float:
+            quieter, slower = self._change(chosen, block)
+            return (quieter - min(slower, 0.0)) / max(slower, _LEAST_TIME)
+
+        blocks.sort(key=worth, reverse=True)
+        return [n for block in blocks for n in sorted(block, key=self._position.__getitem__)]
 
     def _is_large(self, chosen: Set[str], part: Set[str]) -> bool:
         quieter, slower = self._change(chosen, part)
