@@ -123,7 +123,7 @@ class _Cut:
         for edge, cost in self._edges.items():
             if edge not in edges:
                 edges[edge] = round(cost / total * _RESOLUTION)
-        rows, columns = np.array(list(edges)).T
+        rows, columns = np.array(list(edges), np.int32).T  # scipy 1.13 takes no others
         shape = len(self._numbers), len(self._numbers)
         capacity = csr_array((np.array(list(edges.values()), np.int32), (rows, columns)), shape)
         flow = maximum_flow(capacity, _FLOAT, _INTEGER).flow
