@@ -95,11 +95,11 @@ def measured(
         for steps in range(len(order) + 1):
             if (name, label, steps) in done:
                 continue
-            config = QuantizationConfig.from_dict({**CONFIG, "float_layers": steps})
+            knobs = {**CONFIG, "float_layers": steps}
+            config = QuantizationConfig.from_dict(knobs)
             model = objective.quantize(config).proto.SerializeToString()
             found = objective.evaluate(model).measurement
             latency = objective.latency(model, repeats=LATENCY_REPEATS)
-            knobs = {**CONFIG, "float_layers": steps}
             yield {
                 "model": name,
                 "order": label,

@@ -7,7 +7,6 @@ node with integers writes it, or one reads it.
 
 from __future__ import annotations
 
-from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Set
 from dataclasses import dataclass
@@ -61,17 +60,6 @@ class PlacedNode:
     int8_time: float
     float_time: float
     tensors: frozenset[str]
-
-
-@dataclass(frozen=True)
-class _With:
-    """What is in one set or the other, without making their union."""
-
-    names: Container[str]
-    others: Container[str]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names or name in self.others
 
 
 @dataclass(frozen=True)
@@ -175,20 +163,6 @@ class PlacedGraph:
         layers = frozenset(name for name in nodes if name in weights)
         return cls(nodes, layers, tensors, frozenset(seen - set(nodes)), rest, rest_in_float)
 
-    def moves(self) -> list[tuple[str, ...]]:
-        """Single nodes, outputs, the two ends of each edge, and all that write one tensor."""
-        found: dict[tuple[str, ...], None] = {(name,): None for name in self.nodes}
-        for tensor in self.tensors.values():
-            together = tuple(sorted(tensor.writers & set(self.nodes)))
-            if len(together) > 1:  # the parts of a Concat, and the Concat
-                found[together] = None
-                for reader in sorted(tensor.readers & set(self.nodes) - set(together)):
-                    found[*together, reader] = None
-            for writer in sorted(tensor.writers & set(self.nodes)):
-                for reader in sorted(tensor.readers & set(self.nodes) - {writer}):
-                    found[writer, reader] = None
-        return list(found)
-
     def latency_ratio(self, chosen: Set[str], *, activation_bits: int = 8) -> float:
         """About how long the model takes beside the float model.
 
@@ -198,8 +172,9 @@ class PlacedGraph:
                 in float between conversions.
         """
         in_float = sum(node.float_time for node in self.nodes.values())
-        time = self.time(chosen)
-        if activation_bits == 16:
+        if activation_bits == 8:
+            time = self.time(chosen)
+        else:
             rounded = [
                 t for t in self.tensors.values() if self._split(t.writers | t.readers, chosen)[0]
             ]
@@ -216,12 +191,9 @@ class PlacedGraph:
         nodes = sum(self._node_time(name, chosen) for name in self.nodes)
         return nodes + sum(self._conversions(t, chosen) for t in self.tensors.values())
 
-    def change(self, chosen: Container[str], added: Set[str]) -> tuple[float, float]:
-        """Noise taken away and nanoseconds added by leaving `added` in float beside `chosen`.
-
-        How long that takes does not depend on how much is chosen.
-        """
-        after = _With(chosen, added)
+    def change(self, chosen: Set[str], added: Set[str]) -> tuple[float, float]:
+        """Noise taken away and nanoseconds added by leaving `added` in float beside `chosen`."""
+        after = chosen | added
         quieter = sum(self.nodes[name].noise for name in added)
         slower = sum(
             self._node_time(name, after) - self._node_time(name, chosen) for name in added
@@ -232,16 +204,16 @@ class PlacedGraph:
             slower += self._conversions(tensor, after) - self._conversions(tensor, chosen)
         return quieter, slower
 
-    def _node_time(self, name: str, chosen: Container[str]) -> float:
+    def _node_time(self, name: str, chosen: Set[str]) -> float:
         node = self.nodes[name]
         return node.float_time if name in chosen else node.int8_time
 
-    def _split(self, names: Set[str], chosen: Container[str]) -> tuple[int, int]:
+    def _split(self, names: Set[str], chosen: Set[str]) -> tuple[int, int]:
         """How many nodes compute with integers, and how many in float."""
         in_float = sum(name in chosen or name in self.always_float for name in names)
         return len(names) - in_float, in_float
 
-    def _rounded(self, tensor: PlacedTensor, chosen: Container[str]) -> float:
+    def _rounded(self, tensor: PlacedTensor, chosen: Set[str]) -> float:
         """The noise that is left. A float reader of what a float node wrote sees none of it."""
         if tensor.output in chosen:
             return 0.0
@@ -251,7 +223,7 @@ class PlacedGraph:
             return tensor.noise if integer_writers or integer_readers else 0.0
         return tensor.noise * integer_readers / (integer_readers + float_readers)
 
-    def _conversions(self, tensor: PlacedTensor, chosen: Container[str]) -> float:
+    def _conversions(self, tensor: PlacedTensor, chosen: Set[str]) -> float:
         integer_writers, float_writers = self._split(tensor.writers, chosen)
         integer_readers, float_readers = self._split(tensor.readers, chosen)
         quantized = integer_readers and (float_writers or not tensor.writers)

@@ -18,7 +18,6 @@ longer in float than with integers; large steps are taken in parts, block by blo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container
 from collections.abc import Iterator
 from collections.abc import Set
 from typing import Final
@@ -82,9 +81,8 @@ class _Order:
         """Sets of nodes that follow each other; together they leave some layer quantized."""
         chosen: frozenset[str] = frozenset()
         step: frozenset[str] = frozenset()
-        price = _HIGHEST_PRICE
+        price, unit = _HIGHEST_PRICE, self._noise / self._time
         while price > _LOWEST_PRICE and not self._graph.layers <= chosen | step:
-            unit = self._noise / self._time
             step |= best_set(self._graph, chosen | step, price * unit)
             if step and self._is_worth_a_step(chosen, step):
                 for part in self._parts(chosen, step):
@@ -95,15 +93,20 @@ class _Order:
                 step = frozenset()
             price *= _CHEAPER
 
-    def _change(self, chosen: Container[str], added: Set[str]) -> tuple[float, float]:
+    def _change(self, chosen: Set[str], added: Set[str]) -> tuple[float, float]:
         """Noise taken away and time added, in shares of the whole."""
         quieter, slower = self._graph.change(chosen, added)
         return quieter / self._noise, slower / self._time
 
+    def _gain(self, chosen: Set[str], added: Set[str]) -> tuple[float, float]:
+        """The same with the noise in shares of what is left of it."""
+        quieter, slower = self._graph.change(chosen, added)
+        left = self._graph.noise(chosen)
+        return quieter / left if left > 0.0 else 0.0, slower / self._time
+
     def _is_worth_a_step(self, chosen: Set[str], step: Set[str]) -> bool:
-        quieter, slower = self._change(chosen, step)
-        left = self._graph.noise(chosen) / self._noise
-        return quieter > _LEAST_STEP * left or slower < -_LEAST_TIME
+        quieter, slower = self._gain(chosen, step)
+        return quieter > _LEAST_STEP or slower < -_LEAST_TIME
 
     def _parts(self, chosen: frozenset[str], step: frozenset[str]) -> list[frozenset[str]]:
         """A step in parts that are about as worthwhile as all of it, if it is a large one.
@@ -156,9 +159,8 @@ class _Order:
         return [n for block in blocks for n in sorted(block, key=self._position.__getitem__)]
 
     def _is_large(self, chosen: Set[str], part: Set[str]) -> bool:
-        quieter, slower = self._change(chosen, part)
-        left = self._graph.noise(chosen) / self._noise
-        return quieter > _LARGE_PART * left or slower > _LONG_PART
+        quieter, slower = self._gain(chosen, part)
+        return quieter > _LARGE_PART or slower > _LONG_PART
 
     def _pays(self, chosen: Set[str], part: Set[str], step: Set[str]) -> bool:
         """Whether a part of a step takes nearly as much noise away for its time as all of it."""

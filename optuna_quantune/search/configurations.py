@@ -395,42 +395,42 @@ class Configurations:
         return [[_fit_sketch(inputs, column) for column in part.T] for part in parts]
 
     def _with_guesses(self, candidates: Candidates, raw: NDArray[np.float64]) -> Described:
+        features, prior = self._standardised(raw), None
         columns = []
         if self._prior_column is not None:
-            columns.append(self._prior(raw, reference=self._reference_features))
+            prior = self._prior(raw, reference=self._reference_features)
+            columns.append(prior)
         if self._transfer is not None:
-            columns.append(self._transferred(candidates, raw))
+            scores = self._scores(candidates, features, prior)
+            columns.append(scores if self._scale is None else self._scale(scores))
         values = np.stack(columns, axis=1) if columns else np.empty((len(candidates), 0))
         further = self._further(raw, reference=self._reference_features)
         limits = self._limits(raw, reference=self._reference_features)
-        return Described(candidates, self._standardised(raw), Guesses(values, further, limits))
+        return Described(candidates, features, Guesses(values, further, limits))
 
     def _standardised(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
         center, spread = self._standard
         return (raw - center) / spread
 
-    def _transferred(
-        self, candidates: Candidates, raw: NDArray[np.float64]
+    def _scores(
+        self,
+        candidates: Candidates,
+        features: NDArray[np.float64],
+        prior: NDArray[np.float64] | None,
     ) -> NDArray[np.float64]:
-        """What the sources make of configurations, on the scale of the prior if there is one."""
-        scores = self._scores(candidates, raw)
-        return scores if self._scale is None else self._scale(scores)
-
-    def _scores(self, candidates: Candidates, raw: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the sources guess, as normal scores."""
         assert self._transfer is not None
-        prior = None
-        if self._prior_column is not None:
-            values = self._prior(raw, reference=self._reference_features)
-            prior = normal_scores(values, self._reference_prior)
-        return self._transfer.guess(candidates.trees, self._standardised(raw), prior)
+        if prior is not None:
+            prior = normal_scores(prior, self._reference_prior)
+        return self._transfer.guess(candidates.trees, features, prior)
 
     @cached_property
     def _scale(self) -> Scale | None:
         """From the scores of the sources' guesses to the prior's values."""
         if self._prior_column is None:
             return None
-        scores = self._scores(self._reference_candidates, self._reference_features)
+        features = self._standardised(self._reference_features)
+        scores = self._scores(self._reference_candidates, features, self._reference_prior)
         return Scale.fit(scores, self._reference_prior)
 
     def _prior(
