@@ -15,8 +15,9 @@ TASKS holds what `python -m benchmarks.export_task` wrote. For each model:
 - ``quantune``: this project's `tune`; ``quantune, extended``: the same with that space.
 
 All read the same arrays, choose by the same half of the inputs and report on the other half. Every
-step is one line in `benchmarks/results/live/steps.jsonl`, so that an interrupted run goes on. What
-takes more memory than the limit is stopped, and counts with its time until then.
+step is one line in `benchmarks/results/live/steps.jsonl` (of a processor without VNNI in
+`live_without_vnni/`), so that an interrupted run goes on. What takes more memory than the limit is
+stopped, and counts with its time until then.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from benchmarks.live_report import write
 from benchmarks.onnxruntime_user import grid
 from benchmarks.onnxruntime_user import kinds_of_cost
 from benchmarks.peers.task import Task
+from optuna_quantune.quantization.processor import detect_vnni
 
 
-RESULTS = Path(__file__).parent / "results" / "live"
+_RESULTS = Path(__file__).parent / "results"
+RESULTS = _RESULTS / ("live" if detect_vnni() is not False else "live_without_vnni")
 # The searches that the paper compares, by their factory here.
 OTHERS = {
     "random": "baselines.random:create",

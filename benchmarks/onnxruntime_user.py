@@ -10,7 +10,8 @@ The options are the closest there are to the knobs of the `quantune` preset: num
 calibration inputs; activations as uint8 or int8, symmetric or not (ONNX Runtime has no scales of
 powers of two, so the fourth scheme is asymmetric int8); MinMax or Entropy as they come (Entropy
 with its default bins returns the range of MinMax, which its user cannot see); per tensor or per
-channel; first and last layer in float or not.
+channel; first and last layer in float or not. On a processor without VNNI weights have 7 bits
+(`reduce_range`), as ONNX Runtime's documentation says.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from benchmarks.finished_model import describe
 from benchmarks.peers.task import peak_memory_mb
 from benchmarks.peers.task import Task
+from optuna_quantune.quantization.processor import detect_vnni
 from optuna_quantune.selection import pack
 
 
@@ -88,6 +90,7 @@ def quantize(task: Task, config: UserConfig, output: Path) -> None:
             activation_type=QuantType.QUInt8 if config.activations == "uint8" else QuantType.QInt8,
             weight_type=QuantType.QInt8,
             per_channel=config.per_channel,
+            reduce_range=detect_vnni() is False,
             calibrate_method=CalibrationMethod.Entropy
             if config.entropy
             else CalibrationMethod.MinMax,

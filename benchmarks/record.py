@@ -20,6 +20,7 @@ import io
 import json
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.selection import pack
+from optuna_quantune.target import get_target
+from optuna_quantune.target import Target
 
 
 # Ordered by the time that a table takes.
@@ -90,7 +93,11 @@ class Recording:
     def __init__(self, name: str, data: Path, cache: Path | None) -> None:
         path, calibration, evaluation = sources(name, data)
         self.objective = QuantizationObjective(
-            path, calibration=calibration, evaluation=evaluation, cache=cache
+            path,
+            calibration=calibration,
+            evaluation=evaluation,
+            target=processor_of(name),
+            cache=cache,
         )
         self.name = name
         self.grid = list(self.objective.space.grid())
@@ -260,6 +267,15 @@ def write_float_model(name: str, objective: QuantizationObjective) -> None:
         "command": "python -m benchmarks.record DATA",
     }
     (tables.FOLDER / f"{name}.json").write_text(json.dumps(description) + "\n")
+
+
+def processor_of(name: str) -> Target:
+    """The processor that a table was begun on, or this one: what it multiplies exactly counts."""
+    target, described = get_target("cpu"), tables.FOLDER / f"{name}.json"
+    if not described.is_file():
+        return target
+    pairs = json.loads(described.read_text())["machine"]["VNNI"] == "no"
+    return replace(target, representation=replace(target.representation, adds_in_pairs=pairs))
 
 
 def sources(name: str, data: Path) -> tuple[Path, InputSource, InputSource]:

@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.sampler_parallel [--seeds 10]
 
 Synthetic tables (`benchmarks.synthetic_tables`), where the sampler knows nothing beforehand, and
-the recorded ones on random halves of their inputs, where it knows what is predicted. Four trials
-are always running: whenever the oldest ends, the next is asked for, as four equal workers would.
+the recorded ones on random halves of their inputs, where it knows what is predicted, without and
+with what was recorded of models of other families, which `tune` knows, too. Four trials are
+always running: whenever the oldest ends, the next is asked for, as four equal workers would.
 Regret is counted after as many finished trials as the search with one worker has. The n-th trial
 to finish was chosen when at most n - 4 values were known, where one worker knows n - 1; the last
 line of the result says how many trials of one worker are worth as much.
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,8 @@ def main() -> None:
     rows = []
     for make_problem, names in (
         (synthetic, tuple(synthetic_tables.FAMILIES)),
-        (recorded, tables.complete()),
+        (partial(recorded, "quantune+features"), tables.complete()),
+        (partial(recorded, "quantune+transfer"), tables.complete()),
     ):
         for name in names:
             for seed in range(arguments.seeds):
@@ -105,7 +108,7 @@ def synthetic(family: str, seed: int) -> Problem:
     return Problem("synthetic, cold", family, space, sampler, value, 0.0, -1.0)
 
 
-def recorded(name: str, seed: int) -> Problem:
+def recorded(sampler: str, name: str, seed: int) -> Problem:
     """A recorded table on a random half of its inputs, with the predicted noise as features.
 
     On all inputs every seed would search one and the same table in nearly the same way.
@@ -117,9 +120,9 @@ def recorded(name: str, seed: int) -> Problem:
     def value(params: Mapping[str, Any]) -> float:
         return float(values[table.key(dict(params))])
 
-    sampler = make("quantune+features", space, table, seed)
     best, worst = float(values.max()), float(values.min())
-    return Problem("recorded, with features", name, space, sampler, value, best, worst)
+    kind = f"recorded, {sampler}"
+    return Problem(kind, name, space, make(sampler, space, table, seed), value, best, worst)
 
 
 def search(problem: Problem, n_workers: int) -> tuple[NDArray[np.float64], int]:

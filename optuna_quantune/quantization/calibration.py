@@ -14,6 +14,9 @@ quantization noise.
 
 An activation that joins others (Concat) has the values of those, and is not looked at itself.
 
+Of the first inputs the extremes of each are kept, too: whether a range cuts off a little of all or
+much of a few (`uneven_clipping.py`).
+
 The result is stored on disk under a fingerprint of the model, the inputs and the options, and
 found again by the next run. The store is also written from time to time during the pass, and a
 pass that was interrupted goes on where it was written last, with the very same result.
@@ -56,7 +59,7 @@ from optuna_quantune.quantization.statistics import Histogram
 
 
 # Raised when the meaning of a stored file changes; files of another version are not used.
-STORE_VERSION: Final = 4
+STORE_VERSION: Final = 5
 # Inputs after which it is looked anew where the tails of an activation begin (all values of the
 # first ones are counted), and the share of the values on either side of zero that are its tail:
 # the lowest percentile that clips has 0.1 % beyond.
@@ -69,6 +72,8 @@ _SAMPLE: Final = 1 << 17
 # all activations together: small models want larger batches to spread the cost of a call.
 _BATCH: Final = (4, 32)
 _BATCH_VALUES: Final = 1 << 22
+# Inputs of which the extremes are kept: one in as many may have most of what is cut off.
+_INPUTS_WITH_EXTREMES: Final = 512
 # Seconds between two writings of an incomplete store; a writing takes about 0.1 s.
 _SAVE_SECONDS: Final = 10.0
 
@@ -112,11 +117,15 @@ class CalibrationStatistics:
     Attributes:
         sizes: The set sizes in ascending order; the last one is the number of all inputs.
         segments: For each activation its counts between one size and the next.
+        extremes: For each activation its smallest and its largest value in each of the first
+            inputs, float32, shape (inputs, 2). An input that does not reach the tails counts as
+            reaching to where they begin.
         fingerprint: Of the model, the inputs and the options that these statistics belong to.
     """
 
     sizes: tuple[int, ...]
     segments: Mapping[str, tuple[Counts, ...]]
+    extremes: Mapping[str, NDArray[np.float32]]
     fingerprint: str
 
     def resolve(self, images: int | str) -> int:
@@ -190,12 +199,20 @@ def calibrate(
             if path is not None and due:
                 calibration_store.save(path, fingerprint, bounds, counting.state())
                 saved = time.monotonic()
-    segments = dict(counting.state().segments)
+    counted = counting.state()
+    segments, extremes = dict(counted.segments), dict(counted.extremes)
     for tensor, parts in joined.items():  # in the order of computation
         segments[tensor] = tuple(
             reduce(add, counts) for counts in zip(*(segments[p] for p in parts), strict=True)
         )
-    return CalibrationStatistics(bounds, {t: segments[t] for t in tensors}, fingerprint)
+        of_parts = np.stack([extremes[part] for part in parts])
+        extremes[tensor] = np.stack([of_parts[..., 0].min(0), of_parts[..., 1].max(0)], axis=1)
+    return CalibrationStatistics(
+        bounds,
+        {tensor: segments[tensor] for tensor in tensors},
+        {tensor: extremes[tensor] for tensor in tensors},
+        fingerprint,
+    )
 
 
 class _Counting:
@@ -213,8 +230,10 @@ class _Counting:
         self._tails: Mapping[str, Bounds] = {}
         self._finished: list[dict[str, Counts]] = []
         self._current: dict[str, Accumulator] = {t: Accumulator() for t in observed}
+        self._extremes: dict[str, list[NDArray[np.float32]]] = {t: [] for t in observed}
         if stored is not None:
             self.done, self._tails = stored.done, stored.tails
+            self._extremes = {t: [stored.extremes[t]] for t in observed}
             *finished, current = zip(*stored.segments.values(), strict=True)
             self._finished = [dict(zip(observed, part, strict=True)) for part in finished]
             self._current = {
@@ -259,14 +278,16 @@ class _Counting:
     ) -> Iterator[None]:
         """Counts the inputs up to `stop`; yields after each batch."""
 
-        def observe(numbered: tuple[int, dict[str, NDArray[Any]]]) -> list[Observation]:
-            offset, batch = numbered
-            return observer.observe(batch, steps=steps, bounds=self._tails, offset=offset)
+        def observe(numbered: tuple[int, int, dict[str, NDArray[Any]]]) -> list[Observation]:
+            offset, size, batch = numbered
+            return observer.observe(
+                batch, steps=steps, bounds=self._tails, offset=offset, inputs=size
+            )
 
         indices = np.arange(self.done, stop)
         offsets = range(self.done, stop, batch_size)
-        batches = zip(offsets, inputs.batches(batch_size, indices), strict=True)
         sizes = [min(batch_size, stop - offset) for offset in offsets]
+        batches = zip(offsets, sizes, inputs.batches(batch_size, indices), strict=True)
         observed = ordered_map(observe, batches, workers=workers)
         for observations, size in zip(observed, sizes, strict=True):
             self._add(observations, size)
@@ -278,6 +299,7 @@ class _Counting:
         return calibration_store.StoredCounts(
             self.done,
             {t: tuple(part[t] for part in segments) for t in self._observed},
+            {t: np.concatenate(self._extremes[t]) for t in self._observed},
             self._tails,
         )
 
@@ -302,6 +324,9 @@ class _Counting:
             counter = self._current[seen.tensor]
             counter.add(seen.sample, weight=seen.weight)
             counter.add(seen.tails)
+            if self.done < _INPUTS_WITH_EXTREMES:
+                left = _INPUTS_WITH_EXTREMES - self.done
+                self._extremes[seen.tensor].append(seen.extremes[:left])
         self.done += inputs
 
 

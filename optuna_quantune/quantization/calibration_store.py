@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.observation import Bounds
@@ -31,11 +32,14 @@ class StoredCounts:
         done: The number of inputs that were counted.
         segments: For each activation its counts between one set size and the next; the last
             segment may be incomplete.
+        extremes: For each activation its extremes in each of the first inputs, float32, shape
+            (inputs, 2).
         tails: Where the tails of each activation begin; empty as long as that is not known.
     """
 
     done: int
     segments: Mapping[str, tuple[Counts, ...]]
+    extremes: Mapping[str, NDArray[np.float32]]
     tails: Mapping[str, Bounds]
 
 
@@ -71,6 +75,7 @@ def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCount
                 bins=np.concatenate([counts.bins for counts in flat]),
                 counts=np.concatenate([counts.counts for counts in flat]),
                 extremes=np.array([(counts.minimum, counts.maximum) for counts in flat]),
+                of_inputs=np.stack([stored.extremes[tensor] for tensor in tensors]),
                 tails=np.array([(b.lower, b.upper) for b in tails], dtype=float).reshape(-1, 2),
             )
             file.flush()
@@ -111,6 +116,7 @@ def load(
             bins = np.split(store["bins"], ends)
             counts = np.split(store["counts"], ends)
             extremes = store["extremes"].tolist()
+            of_inputs = store["of_inputs"]
             tails = store["tails"].tolist()
         begun = sum(size < done for size in sizes) + 1
         flat = [
@@ -122,6 +128,11 @@ def load(
             and len(flat) == begun * len(tensors)
             and bins[-1].size == counts[-1].size == 0
             and all(_sound(part) for part in flat)
+            and of_inputs.dtype == np.float32
+            and of_inputs.shape == (len(tensors), of_inputs.shape[1], 2)
+            and 0 < of_inputs.shape[1] <= done
+            and np.isfinite(of_inputs).all()
+            and np.all(of_inputs[..., 0] <= of_inputs[..., 1])
             and len(tails) in (0, len(tensors))
             and all(not lower > upper and abs(upper) < np.inf for lower, upper in tails)
         ):
@@ -135,7 +146,7 @@ def load(
         tensor: Bounds(None if np.isnan(lower) else lower, upper)
         for tensor, (lower, upper) in zip(tensors, tails, strict=False)
     }
-    return StoredCounts(done, segments, bounds)
+    return StoredCounts(done, segments, dict(zip(tensors, of_inputs, strict=True)), bounds)
 
 
 def _sound(counts: Counts) -> bool:

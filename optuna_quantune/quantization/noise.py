@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
 from typing import Final
 
@@ -29,10 +30,14 @@ from optuna_quantune.quantization.probe import PROBED
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.statistics import Histogram
+from optuna_quantune.quantization.uneven_clipping import as_if_even
+from optuna_quantune.quantization.uneven_clipping import shares_of_inputs
 
 
 # Noise-to-signal power ratio up to which errors add up: they are a third of the signal then.
 ADDITIVE: Final = 0.1
+# An activation whose clipping is a smaller share of what all contribute counts as clipped evenly.
+_NEGLIGIBLE: Final = 0.001
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class NoisePrediction:
             bounds it, so that it changes no order in it.
         highest: Largest value that the quantized first output can have.
         saturation: What becomes of a sum that is not small.
+        uneven: What clipping contributes to each of some inputs, without `scaling`, shape
+            (inputs,); empty where that is little.
     """
 
     rounding: Mapping[str, float]
@@ -88,6 +95,7 @@ class NoisePrediction:
     scaling: Mapping[str, float]
     highest: float = np.inf
     saturation: Saturation = Saturation()
+    uneven: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), compare=False)
 
     @property
     def linear(self) -> float:
@@ -99,9 +107,13 @@ class NoisePrediction:
     def confusing(self) -> float:
         """The sum without what only scales the output, and without the bounds of the output.
 
-        `highest_output` says exactly what those do.
+        `highest_output` says exactly what those do. What few inputs have most of counts as the
+        even noise that changes as many predictions.
         """
-        return self.linear - sum(self.scaling.values())
+        confusing = self.linear - sum(self.scaling.values())
+        if len(self.uneven) == 0:
+            return confusing
+        return as_if_even(max(confusing - float(self.uneven.mean()), 0.0), self.uneven)
 
     @property
     def total(self) -> float:
@@ -138,10 +150,14 @@ class NoisePrediction:
 
 @dataclass(frozen=True)
 class _Activations:
-    """What quantized activations contribute, by tensor with statistics."""
+    """What quantized activations contribute, by tensor with statistics.
+
+    `uneven` is what clipping contributes to each of some inputs, where it is not negligible.
+    """
 
     rounding: Mapping[str, float]
     clipping: Mapping[str, float]
+    uneven: Mapping[str, NDArray[np.float64]]
     highest_output: float
 
 
@@ -203,12 +219,18 @@ class NoiseModel:
         scaling = {tensor: noise * shares[tensor] for tensor, noise in clipping.items()}
         if self._output in scaling:
             scaling[self._output] = clipping[self._output]
+        uneven = [
+            (1.0 - scaling[tensor] / clipping[tensor]) * of_inputs
+            for tensor, of_inputs in activations.uneven.items()
+            if tensor in tensors
+        ]
         prediction = NoisePrediction(
             rounding={t: times * activations.rounding[t] for t, times in tensors.items()},
             clipping=clipping,
             weights={name: weights[name] for name in names},
             scaling=scaling,
             highest=activations.highest_output if self._output in clipping else np.inf,
+            uneven=np.sum(uneven, axis=0) if uneven else np.zeros(0),
         )
         if prediction.linear <= ADDITIVE:
             return prediction
@@ -292,10 +314,21 @@ class NoiseModel:
             errors = {
                 tensor: self._activation_error(tensor, p) for tensor, p in parameters.items()
             }
-            rounding, clipping = self._probe.rounding_gain, self._probe.clipping_gain
+            gains = self._probe.rounding_gain, self._probe.clipping_gain
+            rounding, clipping = (
+                {t: error[i] * gains[i][t] / self._signal for t, error in errors.items()}
+                for i in (0, 1)
+            )
+            least = _NEGLIGIBLE * (sum(rounding.values()) + sum(clipping.values()))
+            extremes = self._quantizer.statistics.extremes
             self._activations[key] = _Activations(
-                {t: error[0] * rounding[t] / self._signal for t, error in errors.items()},
-                {t: error[1] * clipping[t] / self._signal for t, error in errors.items()},
+                rounding,
+                clipping,
+                {
+                    t: clipping[t] * shares_of_inputs(extremes[t], *_ends(parameters[t]))
+                    for t in tensors
+                    if clipping[t] > least
+                },
                 _ends(parameters[self._output])[1] if self._output in parameters else np.inf,
             )
         return self._activations[key]

@@ -74,12 +74,15 @@ class Observation:
         weight: How many values each of `sample` stands for.
         tails: All values beyond the bounds that are not in `sample`, float32, shape (m,); a value
             that is not a number is among them.
+        extremes: The smallest and the largest value of each input of the batch, float32, shape
+            (inputs, 2); where they are within the bounds, the bounds.
     """
 
     tensor: str
     sample: NDArray[np.float32]
     weight: int
     tails: NDArray[np.float32]
+    extremes: NDArray[np.float32]
 
     @property
     def finite(self) -> bool:
@@ -114,6 +117,7 @@ class Observer:
         steps: Mapping[str, int],
         bounds: Mapping[str, Bounds],
         offset: int = 0,
+        inputs: int = 1,
     ) -> list[Observation]:
         """Runs a batch.
 
@@ -123,13 +127,14 @@ class Observer:
                 whatever the bounds are, n is every n-th.
             bounds: Of the activations with larger steps.
             offset: Where sampling begins; different for each batch.
+            inputs: How many inputs the batch has.
 
         Raises:
             InputError: If the model cannot be run.
         """
         found = self._run(feed)
         return [
-            _observed(tensor, found[tensor], steps[tensor], bounds.get(tensor), offset)
+            _observed(tensor, found[tensor], steps[tensor], bounds.get(tensor), offset, inputs)
             for tensor in self._tensors
         ]
 
@@ -158,18 +163,45 @@ class Observer:
 
 
 def _observed(
-    tensor: str, values: NDArray[np.float32], step: int, bounds: Bounds | None, offset: int
+    tensor: str,
+    values: NDArray[np.float32],
+    step: int,
+    bounds: Bounds | None,
+    offset: int,
+    inputs: int,
 ) -> Observation:
+    # What has no axis for the inputs is all of each of them.
+    rows = inputs if values.size % inputs == 0 else 1
+    extremes = np.empty((rows, 2), dtype=np.float32)
     if step == 1 or bounds is None:
-        return Observation(tensor, values, 1, _NOTHING)
+        of_inputs = values.reshape(rows, -1)
+        if values.size:
+            of_inputs.min(axis=1, out=extremes[:, 0])
+            of_inputs.max(axis=1, out=extremes[:, 1])
+        else:
+            extremes[:] = 0.0
+        return Observation(tensor, values, 1, _NOTHING, _for_each(extremes, inputs))
+    extremes[:] = bounds.lower or 0.0, bounds.upper
     samples, tails = [], []
     for start in range(0, values.size, _PIECE):
         piece = values[start : start + _PIECE]
         inside = _inside(piece, bounds)
         every = slice((offset - start) % step, None, step)
         samples.append(piece[every][inside[every]])
-        tails.append(_outside(piece, inside))
-    return Observation(tensor, np.concatenate(samples), step, np.concatenate(tails))
+        places = _outside(inside)
+        beyond = piece[places]
+        tails.append(beyond)
+        owners = (start + places) // (values.size // rows)
+        with np.errstate(invalid="ignore"):  # what is not a number is noticed by others
+            np.minimum.at(extremes[:, 0], owners, beyond)
+            np.maximum.at(extremes[:, 1], owners, beyond)
+    return Observation(
+        tensor, np.concatenate(samples), step, np.concatenate(tails), _for_each(extremes, inputs)
+    )
+
+
+def _for_each(extremes: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
+    return extremes if len(extremes) == inputs else np.repeat(extremes, inputs, axis=0)
 
 
 def _inside(values: NDArray[np.float32], bounds: Bounds) -> NDArray[np.bool_]:
@@ -180,14 +212,13 @@ def _inside(values: NDArray[np.float32], bounds: Bounds) -> NDArray[np.bool_]:
     return inside
 
 
-def _outside(values: NDArray[np.float32], inside: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The few values that are not marked."""
-    whole = values.size // _WORD * _WORD
+def _outside(inside: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Places of the few values that are not marked, in ascending order."""
+    whole = inside.size // _WORD * _WORD
     # Eight marks are looked at together: most of the time is spent where all are set.
     words = np.flatnonzero(inside[:whole].view(np.uint64) != _ALL)
-    near = values[:whole].reshape(-1, _WORD).take(words, axis=0)
-    marks = inside[:whole].reshape(-1, _WORD).take(words, axis=0)
-    return np.concatenate([near[~marks], values[whole:][~inside[whole:]]])
+    word, mark = np.nonzero(~inside[:whole].reshape(-1, _WORD).take(words, axis=0))
+    return np.concatenate([words[word] * _WORD + mark, whole + np.flatnonzero(~inside[whole:])])
 
 
 def _look_inside(

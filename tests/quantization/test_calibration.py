@@ -119,6 +119,7 @@ def assert_same(found: CalibrationStatistics, expected: CalibrationStatistics) -
             np.testing.assert_array_equal(one.bins, other.bins)
             np.testing.assert_array_equal(one.counts, other.counts)
             assert (one.minimum, one.maximum) == (other.minimum, other.maximum)
+        np.testing.assert_array_equal(found.extremes[tensor], expected.extremes[tensor])
 
 
 def progress_of(
@@ -249,6 +250,7 @@ def test_a_store_damaged_anywhere_gives_the_right_statistics_or_none(
                 np.testing.assert_array_equal(one.counts, other.counts)
                 np.testing.assert_array_equal(one.bins, other.bins)
                 assert (one.minimum, one.maximum) == (other.minimum, other.maximum)
+            np.testing.assert_array_equal(found.extremes[tensor], sound.extremes[tensor])
     assert used < 75
     path.write_bytes(content[: len(content) // 2])
     statistics, seen = progress_of(model, Inputs(toy_inputs), tmp_path)

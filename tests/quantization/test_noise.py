@@ -17,6 +17,7 @@ from optuna_quantune.quantization.config import Granularity
 from optuna_quantune.quantization.config import MixedPrecision
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
+from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.noise import ADDITIVE
 from optuna_quantune.quantization.noise import layer_error
@@ -25,6 +26,7 @@ from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.noise import quantization_error
 from optuna_quantune.quantization.noise import Saturation
 from optuna_quantune.quantization.probe import Probe
+from optuna_quantune.quantization.probe import probe
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.statistics import Accumulator
 
@@ -241,3 +243,28 @@ def test_schemes_and_granularities_are_simulated_and_all_else_if_asked(
     for config in configs:
         typical = replace(config, clipping="max", calibration_images="all")
         assert shared[config] == single[typical]
+
+
+def test_what_is_cut_off_of_one_input_alone_confuses_less_than_its_power(
+    float_model: FloatModel,
+    toy_inputs: NDArray[np.float32],
+    make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
+) -> None:
+    reaching = toy_inputs.copy()
+    reaching[50] *= 20.0  # not one of the 32 that the ranges come from
+    quantizer = make_quantizer(float_model, reaching)
+    feeds = [{"input": toy_inputs[i : i + 1]} for i in range(8)]
+    noise = NoiseModel(quantizer, probe(quantizer, feeds))
+    found = noise.predict(QuantizationConfig(calibration_images=32, clipping="max"))
+    cut_off = sum(found.clipping.values()) - sum(found.scaling.values())
+    even = found.linear - sum(found.clipping.values())
+    assert cut_off > 10.0 * even
+    of_each = np.zeros(len(reaching))
+    of_each[50] = len(reaching) * cut_off
+    assert found.uneven.argmax() == 50
+    assert found.confusing == pytest.approx(np.mean(np.sqrt(even + of_each)) ** 2, rel=0.1)
+    assert found.confusing < 0.3 * (even + cut_off)
+    # Ranges of all inputs cut nothing off.
+    whole = noise.predict(QuantizationConfig(clipping="max"))
+    assert len(whole.uneven) == 0
+    assert whole.confusing == pytest.approx(whole.linear, rel=1e-3)

@@ -130,6 +130,44 @@ def test_each_value_is_seen_beyond_the_bounds_and_every_nth_within(
     assert rest == {tensor: values.size for tensor, values in whole.items()}
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("first", [0, 4])
+def test_the_extremes_of_each_input_are_seen(
+    model: FloatModel, images: NDArray[np.float32], first: int, bounded: bool
+) -> None:
+    batch = images[first : first + 3]
+    values = all_values(model, batch)
+    within = {t: Bounds(-0.5, float(np.quantile(v, 0.9))) for t, v in values.items()}
+    within["relu"] = Bounds(None, within["relu"].upper)
+    observer = Observer(model, TENSORS)
+    for found in observer.observe(
+        {"input": batch},
+        steps=dict.fromkeys(TENSORS, 7),
+        bounds=within if bounded else {},
+        offset=2,
+        inputs=len(batch),
+    ):
+        rows = values[found.tensor].reshape(len(batch), -1)
+        lowest, highest = rows.min(axis=1), rows.max(axis=1)
+        if bounded:
+            lowest = np.minimum(lowest, within[found.tensor].lower or 0.0)
+            highest = np.maximum(highest, within[found.tensor].upper)
+        expected = np.stack([lowest, highest], axis=1)
+        np.testing.assert_allclose(found.extremes, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_extremes_of_inputs_without_an_axis_of_their_own_are_those_of_all(
+    model: FloatModel, images: NDArray[np.float32]
+) -> None:
+    batch = images[:1]
+    observer = Observer(model, ["logits"])
+    (found,) = observer.observe({"input": batch}, steps={"logits": 1}, bounds={}, inputs=3)
+    logits = all_values(model, batch)["logits"]
+    assert found.extremes.shape == (3, 2)
+    for row in found.extremes:
+        assert row.tolist() == pytest.approx([logits.min(), logits.max()], rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def statistics(model: FloatModel, images: NDArray[np.float32]) -> CalibrationStatistics:
     return calibrate(model, ArrayInputs({"input": images}), TENSORS, sizes=(1, 32, "all"))
@@ -197,6 +235,28 @@ def test_extremes_are_exact_whichever_input_they_come_from(
         assert found.minimum == pytest.approx(values[tensor].min(), rel=1e-5)
 
 
+@pytest.mark.parametrize("kept", [7, 512])
+def test_extremes_are_kept_of_each_of_the_first_inputs(
+    model: FloatModel,
+    images: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+    kept: int,
+) -> None:
+    monkeypatch.setattr(calibration, "_INPUTS_WITH_EXTREMES", kept)
+    found = calibrate(model, ArrayInputs({"input": images}), TENSORS, sizes=(1, "all"))
+    values = all_values(model, images)
+    for tensor in TENSORS:
+        extremes = found.extremes[tensor]
+        assert extremes.shape == (min(kept, len(images)), 2)
+        rows = values[tensor].reshape(len(images), -1)[:kept]
+        largest, smallest = rows.max(axis=1), rows.min(axis=1)
+        # None is said to reach less far than it does; and beyond the tails' beginning, not more.
+        assert np.all(extremes[:, 1] >= largest - 1e-4)
+        assert np.all(extremes[:, 0] <= smallest + 1e-4)
+        far = largest > np.quantile(values[tensor], 0.999)
+        np.testing.assert_allclose(extremes[far, 1], largest[far], rtol=1e-4, atol=1e-5)
+
+
 def test_the_store_does_not_grow_with_the_number_of_inputs(
     model: FloatModel, images: NDArray[np.float32], tmp_path: Path
 ) -> None:
@@ -239,6 +299,9 @@ def test_an_activation_that_joins_others_has_their_values(tmp_path: Path) -> Non
     for size in (1, 10):
         exact = histogram_of(session.run(None, {"input": inputs[:size]})[0])
         found = statistics.histogram("both", size)
+        of_inputs = statistics.extremes["both"][:size]
+        assert of_inputs[:, 0].min() == pytest.approx(exact.minimum)
+        assert of_inputs[:, 1].max() == pytest.approx(exact.maximum)
         assert found.total == exact.total
         assert found.minimum == pytest.approx(exact.minimum)
         assert found.maximum == pytest.approx(exact.maximum)
@@ -292,3 +355,4 @@ def test_a_pass_goes_on_with_the_same_tails_and_the_same_sample(
             np.testing.assert_array_equal(one.bins, other.bins)
             np.testing.assert_array_equal(one.counts, other.counts)
             assert (one.minimum, one.maximum) == (other.minimum, other.maximum)
+        np.testing.assert_array_equal(resumed.extremes[tensor], expected.extremes[tensor])

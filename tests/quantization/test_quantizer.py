@@ -395,7 +395,11 @@ def test_equal_models_have_equal_digests_and_others_do_not(
     assert len({digests[c] for c in ALL_96 if c.scheme == "asymmetric"}) == 24
     few = Quantizer(
         quantizer.model,
-        CalibrationStatistics((1, 20), {t: c[:2] for t, c in toy_statistics.segments.items()}, ""),
+        dataclasses.replace(
+            toy_statistics,
+            sizes=(1, 20),
+            segments={t: c[:2] for t, c in toy_statistics.segments.items()},
+        ),
     )
     first = few.quantize(QuantizationConfig(calibration_images=32))
     second = few.quantize(QuantizationConfig(calibration_images="all"))
