@@ -5,7 +5,8 @@ its step; the error that a quantized weight makes in its layer's output follows 
 the moments of the layer's input. How much of either reaches the model's output was probed once
 (`probe.py`). Errors of different tensors are taken as independent, so that their powers add up
 as long as they are small beside the signal; what becomes of larger sums is read off a simulation
-of the few knobs that decide most (`joint.py`).
+of the few knobs that decide most (`joint.py`). The power is a mean over inputs; which predictions
+change depends on how clipping is spread over them, too (`uneven_clipping.py`).
 """
 
 from __future__ import annotations

@@ -121,3 +121,25 @@ def test_the_table_of_peers_is_that_of_the_results() -> None:
         name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
         cells = [share(float(c)) if re.fullmatch(r"0\.\d{3}", c) else c for c in cells]
         assert f"| {PEERS.get(name, name)} | {' | '.join(cells)} |" in text
+
+
+def test_what_the_wall_clock_says_without_vnni_is_that_of_the_results() -> None:
+    path = RESULTS / "live_without_vnni" / "summary.csv"
+    found = pd.read_csv(path).set_index(["method", "model"])
+    exhaustive, ours = found.loc["exhaustive"], found.loc["quantune"]
+    extended, rule = found.loc["quantune, extended"], found.loc["rule of thumb"]
+    ties = exhaustive["whole_seconds"] / ours["tie_seconds"]
+    tie = f"{np.exp(np.log(ties).mean()):.0f}"
+    text = " ".join(document("benchmarks/README.md").split())
+    assert f"takes {tie} times as long ({ties.min():.0f} to {ties.max():.0f}) until a tie" in text
+    assert (
+        f"`tune` loses {-ours['held_out_points'].mean():.2f} points in the mean and "
+        f"{-ours['held_out_points'].min():.1f} on the worst, with the preset `extended` it gains "
+        f"{extended['held_out_points'].mean():.2f} in the mean and loses "
+        f"{-extended['held_out_points'].min():.1f} on the worst, at {100 * extended['agreement'].mean():.1f} % agreement in the mean and "
+        f"{100 * extended['agreement'].min():.1f} % on the worst"
+    ) in text
+    assert (
+        f"The rule of thumb loses {-rule['held_out_points'].mean():.2f} and "
+        f"{-rule['held_out_points'].min():.1f}"
+    ) in text
