@@ -16,7 +16,6 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import tables
-from benchmarks.replay import family
 from benchmarks.tables import Table
 from optuna_quantune.space import SearchSpace
 
@@ -65,7 +64,7 @@ def models(complete: list[Table]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "model": table.name,
-            "family": family(table.name),
+            "family": table.family,
             **{name: table.float_model[name] for name in names},
         }
         for table in complete

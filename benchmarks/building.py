@@ -2,7 +2,7 @@
 
     taskset -c 1 python -m benchmarks.building DATA [--models NAME ...]
 
-DATA is a folder as `benchmarks/record.py` takes it. Statistics come from 32 calibration inputs.
+DATA is a folder as `benchmarks.catalogue` says. Statistics come from 32 calibration inputs.
 Building is timed for several configurations beside ONNX Runtime's `quantize_static` with cached
 ranges, in turn, in one process; medians of processor seconds are reported, so that other work on
 the machine counts little. A model that is measured already is left out (delete its row to measure
@@ -32,9 +32,8 @@ from onnxruntime.quantization.calibrate import save_tensors_data
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.calibrate import TensorsData
 
+from benchmarks import catalogue
 from benchmarks import machine
-from benchmarks.record import MODELS
-from benchmarks.record import sources
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.config import QuantizationConfig
@@ -59,12 +58,12 @@ CONFIGURATIONS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="all of DATA by default")
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "seconds.csv"
     rows = pd.read_csv(path).to_dict("records") if path.is_file() else []
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models, demo=True):
         if name in {row["model"] for row in rows}:
             continue
         rows.append(measure(name, arguments.data))
@@ -76,7 +75,7 @@ def main() -> None:
 
 def measure(name: str, data: Path) -> dict[str, Any]:
     """Median seconds of each step for one model."""
-    path, calibration, _ = sources(name, data)
+    path, calibration, _ = catalogue.sources(name, data)
     model = load_float_model(path)
     inputs = calibration.bind([InputSpec(i.name, i.shape, i.dtype) for i in model.inputs])
     placement, placing = timed(lambda: place(model))

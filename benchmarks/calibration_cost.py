@@ -2,7 +2,7 @@
 
     taskset -c 1 python -m benchmarks.calibration_cost DATA [--models NAME ...] [--images 512]
 
-DATA is a folder as `benchmarks/record.py` takes it. Every measurement is made in a process of its
+DATA is a folder as `benchmarks.catalogue` says. Every measurement is made in a process of its
 own with one thread and is written when it is complete; an interrupted run goes on where it stopped
 (delete a model's rows to measure it again). Results: `benchmarks/results/calibration_cost/`.
 Seconds are processor seconds of the process, so that other work on the machine counts little; the
@@ -49,9 +49,8 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader
 from onnxruntime.quantization.calibrate import CalibrationMethod
 from onnxruntime.quantization.calibrate import create_calibrator
 
+from benchmarks import catalogue
 from benchmarks import machine
-from benchmarks.record import MODELS
-from benchmarks.record import sources
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.quantization.calibration import calibrate
@@ -124,7 +123,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="all of DATA by default")
     parser.add_argument("--what", nargs="+", default=tuple(MEASUREMENTS), choices=MEASUREMENTS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own does
     arguments = parser.parse_args()
@@ -133,7 +132,7 @@ def main() -> None:
         print(json.dumps(MEASUREMENTS[arguments.measure](name, arguments.data)))
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models, demo=True):
         for what in arguments.what:
             if not is_done(name, what):
                 record(name, what, arguments.data)
@@ -352,7 +351,7 @@ def prepared(
     name: str, data: Path, *, repeat_to: int | None = None
 ) -> tuple[FloatModel, Held, list[str]]:
     """The model, its calibration inputs in memory, and the activations to calibrate."""
-    path, calibration, _ = sources(name, data)
+    path, calibration, _ = catalogue.sources(name, data)
     model = load_float_model(path)
     bound = calibration.bind([InputSpec(i.name, i.shape, i.dtype) for i in model.inputs])
     (input_name,) = (spec.name for spec in model.inputs)

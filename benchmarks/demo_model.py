@@ -397,7 +397,7 @@ def predict(model: Path, images: NDArray[np.uint8]) -> NDArray[np.int64]:
     return classes
 
 
-class ImageReader(CalibrationDataReader):  # type: ignore[misc]
+class ImageReader(CalibrationDataReader):
     """Gives images (n, 28, 28) to ONNX Runtime's calibration, 32 at a time."""
 
     def __init__(self, images: NDArray[np.uint8]) -> None:

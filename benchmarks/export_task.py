@@ -2,7 +2,7 @@
 
     python -m benchmarks.export_task DATA TASKS [--models NAME ...]
 
-DATA is as for `benchmarks.record`; each model becomes the folder TASKS/NAME, which
+DATA is as `benchmarks.catalogue` says; each model becomes the folder TASKS/NAME, which
 `benchmarks.peers.task` describes. An ImageNet model's takes about 1 GB.
 """
 
@@ -17,8 +17,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from benchmarks.record import MODELS
-from benchmarks.record import sources
+from benchmarks import catalogue
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.runner import input_specs
 
@@ -30,9 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("tasks", type=Path)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="all of DATA by default")
     arguments = parser.parse_args()
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models, demo=True):
         print(export(name, arguments.data, arguments.tasks))
 
 
@@ -41,12 +40,18 @@ def export(name: str, data: Path, tasks: Path) -> Path:
     folder = tasks / name
     if (folder / "task.json").is_file():
         return folder
-    path, calibration, evaluation = sources(name, data)
-    return write(name, path, calibration, evaluation, folder)
+    path, calibration, evaluation = catalogue.sources(name, data)
+    family = catalogue.family(name, data)
+    return write(name, family, path, calibration, evaluation, folder)
 
 
 def write(
-    name: str, model: Path, calibration: InputSource, evaluation: InputSource, folder: Path
+    name: str,
+    family: str,
+    model: Path,
+    calibration: InputSource,
+    evaluation: InputSource,
+    folder: Path,
 ) -> Path:
     """Writes a model and its inputs into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +64,7 @@ def write(
     np.save(folder / "labels.npy", evaluation.labels)
     description = {
         "name": name,
+        "family": family,
         "input": specs[0].name,
         "selected": selected(len(evaluation)).tolist(),
     }

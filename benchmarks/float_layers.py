@@ -2,7 +2,7 @@
 
     python -m benchmarks.float_layers DATA [--models NAME ...] [--work FOLDER]
 
-DATA is a folder as in `benchmarks.record`. For each model and each number of steps the model is
+DATA is a folder as in `benchmarks.catalogue`. For each model and each number of steps the model is
 built (all corrections, one scale for each channel), and measured: its latency over the float
 model's with one thread, batch size 1, and its output noise and agreement with the float model on
 256 calibration images that neither calibration nor the probe saw (of CIFAR-10 test images).
@@ -25,11 +25,9 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
+from benchmarks import catalogue
 from benchmarks import machine
-from benchmarks.accuracy import inputs_of
-from benchmarks.accuracy import MODELS
 from benchmarks.predict import markdown
-from benchmarks.record import sources
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.placed_graph import PlacedGraph
@@ -55,13 +53,13 @@ KEYS = ["model", "order", "steps"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="all of DATA by default")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "float_layers")
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "results.csv"
     frame = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=KEYS)
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models):
         objective = objective_of(name, arguments.data, arguments.work)
         done = set(frame[KEYS].itertuples(index=False, name=None))
         for row in measured(name, objective, done):
@@ -73,8 +71,8 @@ def main() -> None:
 
 def objective_of(name: str, data: Path, work: Path) -> QuantizationObjective:
     """What builds and measures a model."""
-    path, calibration, _ = sources(name, data)
-    choosing, _ = inputs_of(name, data)
+    path, calibration, _ = catalogue.sources(name, data)
+    choosing, _ = catalogue.choosing_and_validation(name, data)
     return QuantizationObjective(
         path,
         calibration=calibration,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.latency_bound DATA [--models NAME ...] [--seeds 2] [--n-trials 12]
 
-DATA is a folder as in `benchmarks.record`. For each model, trials in the `extended` space under
+DATA is a folder as in `benchmarks.catalogue`. For each model, trials in the `extended` space under
 the bound of `benchmarks.accuracy`, 0.55 times the float latency (ShuffleNet 0.8), with one thread:
 by `QuantuneSampler` with all features of the objective, and without ``prior:latency``, the
 estimate of the constraint. Every trial runs all of 256 inputs.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,10 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
+from benchmarks import catalogue
 from benchmarks import machine
-from benchmarks.accuracy import choosing
 from benchmarks.accuracy import MAX_LATENCY
-from benchmarks.accuracy import MODELS
 from benchmarks.accuracy import SLOWER
-from benchmarks.record import sources
 from optuna_quantune.goals import LATENCY_CONSTRAINT
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
@@ -49,7 +48,7 @@ BUDGETS = (1, 3, 6, 12)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="all of DATA by default")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--n-trials", type=int, default=max(BUDGETS))
     arguments = parser.parse_args()
@@ -58,7 +57,7 @@ def main() -> None:
     lines = RESULTS / "runs.jsonl"
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     done = {(row["model"], row["sampler"], row["seed"]) for row in rows}
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models):
         cases = [(s, seed) for s in SAMPLERS for seed in range(arguments.seeds)]
         missing = [case for case in cases if (name, *case) not in done]
         objective = prepare(name, arguments.data) if missing else None
@@ -76,11 +75,12 @@ def main() -> None:
 
 def prepare(name: str, data: Path) -> QuantizationObjective:
     """The objective of a model, calibrated."""
-    path, calibration, _ = sources(name, data)
+    path, calibration, _ = catalogue.sources(name, data)
+    choosing, _ = catalogue.choosing_and_validation(name, data)
     objective = QuantizationObjective(
         path,
         calibration=calibration,
-        evaluation=choosing(name, data),
+        evaluation=choosing,
         metric="agreement",
         space=SearchSpace.preset("extended"),
         max_latency=SLOWER.get(name, MAX_LATENCY),
@@ -97,7 +97,7 @@ def search(
 ) -> list[dict[str, Any]]:
     """Constraint, latency ratio and output SQNR of each complete trial."""
 
-    def features(params: dict[str, Any]) -> dict[str, float]:
+    def features(params: Mapping[str, Any]) -> dict[str, float]:
         found = objective.features(params)
         if sampler == "without":
             found.pop(CONSTRAINT_PRIOR + LATENCY_CONSTRAINT)

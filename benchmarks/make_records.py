@@ -31,6 +31,7 @@ def rows_of(name: str) -> pd.DataFrame:
     )
     frame = rows[list(records.KNOBS)].copy()
     frame.insert(0, records.MODEL, name)
+    frame.insert(1, records.FAMILY, table.family)
     frame["top1_gain"] = rows["top1"] - float_model["top1"]
     frame["top5_gain"] = rows["top5"] - float_model["top5"]
     frame["agreement"] = rows["agreement"]

@@ -109,9 +109,9 @@ def measure(kind: str, shape: tuple[int, int]) -> dict[str, object]:
 
     def longer(first: bytes, second: bytes) -> float:
         """How much longer the second one takes."""
-        sessions = [make_session(model, spinning=False) for model in (second, first)]
+        slow, fast = (make_session(model, spinning=False) for model in (second, first))
         feeds = list(inputs.batches(1))
-        found = latency_ratio(*sessions, feeds, repeats=REPEATS)
+        found = latency_ratio(slow, fast, feeds, repeats=REPEATS)
         return 1e3 * (found.median_ms - found.reference_median_ms)
 
     def node(first: bytes, second: bytes) -> float:

@@ -23,10 +23,10 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from benchmarks import catalogue
 from benchmarks import machine
 from benchmarks import tables
 from benchmarks.record import processor_of
-from benchmarks.record import sources
 from optuna_quantune.evaluation.metrics import class_scores
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.objective import QuantizationObjective
@@ -65,7 +65,7 @@ def main() -> None:
 
 def predict(name: str, data: Path, cache: Path | None) -> pd.DataFrame:
     """Predicts every configuration of a model, with one thread; times are processor time."""
-    path, calibration, evaluation = sources(name, data)
+    path, calibration, evaluation = catalogue.sources(name, data)
     objective = QuantizationObjective(
         path,
         calibration=calibration,

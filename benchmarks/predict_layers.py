@@ -20,11 +20,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from benchmarks import catalogue
 from benchmarks import machine
 from benchmarks.predict import markdown
 from benchmarks.predict import RESULTS
-from benchmarks.record import MODELS
-from benchmarks.record import sources
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.metrics import sqnr_db
 from optuna_quantune.objective import QuantizationObjective
@@ -54,14 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument(
-        "--models", nargs="+", default=("demo", "cifar10_resnet20"), choices=MODELS
+        "--models", nargs="+", default=(catalogue.DEMO, "cifar10_resnet20"), metavar="NAME"
     )
     parser.add_argument("--sets", type=int, default=40)
     parser.add_argument("--cache", type=Path, help="folder of calibration statistics")
     arguments = parser.parse_args()
     path = RESULTS / "layers.csv"
     frame = pd.read_csv(path) if path.is_file() else pd.DataFrame({"model": []})
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models, demo=True):
         rows = measure(name, arguments.data, arguments.cache, arguments.sets)
         frame = pd.concat([frame[frame["model"] != name], rows], ignore_index=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -97,7 +96,7 @@ def main() -> None:
 
 def measure(name: str, data: Path, cache: Path | None, sets: int) -> pd.DataFrame:
     """Predicts and measures one model."""
-    path, calibration, evaluation = sources(name, data)
+    path, calibration, evaluation = catalogue.sources(name, data)
     objective = QuantizationObjective(
         path, calibration=calibration, evaluation=evaluation, cache=cache
     )

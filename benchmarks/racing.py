@@ -42,9 +42,9 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 from scipy.stats import spearmanr
 
+from benchmarks import catalogue
 from benchmarks import machine
 from benchmarks import tables
-from benchmarks.record import sources
 from benchmarks.tables import Table
 from optuna_quantune import QuantuneSampler
 from optuna_quantune import RacingPruner
@@ -585,7 +585,7 @@ def markdown(frame: pd.DataFrame) -> list[str]:
 
 def live(data: Path, model: str = "mobilenetv2_1.0", n_trials: int = 20) -> None:
     """One whole `tune` on real images with and without racing, after one that fills the cache."""
-    path, calibration, evaluation = sources(model, data)
+    path, calibration, evaluation = catalogue.sources(model, data)
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         search = functools.partial(

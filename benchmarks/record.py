@@ -3,23 +3,21 @@
     python -m benchmarks.record DATA [--models NAME ...] [--limit N] [--without-latency]
         [--refresh] [--cache FOLDER]
 
-DATA is a folder of `models/models.json`, `imagenet-val/`, `imagenet-calibration/`, `cifar10/`;
-the model `demo` needs none. A table is three files under `benchmarks/tables/`, described in the
-README there: MODEL.csv (a row a configuration), MODEL.json (what the rows share) and
-MODEL.parquet (each configuration's prediction and margin for each input, for replaying searches
-that stop early). An interrupted run goes on where it stopped: whatever a configuration lacks is
-measured. A row stays as long as its configuration still builds the very model that was measured,
-by its digest; predictions are always those of the present noise model.
+DATA is a folder of models and images as `benchmarks.catalogue` says; the model `demo` needs none
+of them. A table is three files under `benchmarks/tables/`, described in the README there:
+MODEL.csv (a row a configuration), MODEL.json (what the rows share) and MODEL.parquet (each
+configuration's prediction and margin for each input, for replaying searches that stop early). An
+interrupted run goes on where it stopped: whatever a configuration lacks is measured. A row stays
+as long as its configuration still builds the very model that was measured, by its digest;
+predictions are always those of the present noise model.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,40 +25,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image
 
+from benchmarks import catalogue
 from benchmarks import machine
 from benchmarks import tables
-from optuna_quantune.demo import load_demo
-from optuna_quantune.evaluation.dataset import ArrayInputs
-from optuna_quantune.evaluation.dataset import ImageFolder
-from optuna_quantune.evaluation.dataset import InputSource
-from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.selection import pack
 from optuna_quantune.target import get_target
 from optuna_quantune.target import Target
 
 
-# Ordered by the time that a table takes.
-MODELS = (
-    "demo",
-    "cifar10_resnet8",
-    "cifar10_resnet20",
-    "shufflenetv1_0.5_g3",
-    "mobilenetv2_1.0",
-    "squeezenet1_1",
-    "efficientnet_lite0",
-    "googlenet",
-)
-CALIBRATION_INPUTS = 512
 KNOBS = ("calibration_images", "scheme", "clipping", "granularity", "mixed_precision")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="all of DATA by default")
     parser.add_argument("--limit", type=int, help="stop after this many configurations a model")
     parser.add_argument(
         "--without-latency",
@@ -72,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--cache", type=Path, help="folder of calibration statistics")
     arguments = parser.parse_args()
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models, demo=True):
         recording = Recording(name, arguments.data, arguments.cache)
         if arguments.refresh:
             recording.refresh()
@@ -85,13 +66,13 @@ class Recording:
     """One model's table while it grows.
 
     Args:
-        name: One of `MODELS`.
+        name: A model of `data`, or the demo's.
         data: The folder of models and images.
         cache: Folder of calibration statistics.
     """
 
     def __init__(self, name: str, data: Path, cache: Path | None) -> None:
-        path, calibration, evaluation = sources(name, data)
+        path, calibration, evaluation = catalogue.sources(name, data)
         self.objective = QuantizationObjective(
             path,
             calibration=calibration,
@@ -100,6 +81,7 @@ class Recording:
             cache=cache,
         )
         self.name = name
+        self.family = catalogue.family(name, data)
         self.grid = list(self.objective.space.grid())
         self.csv = tables.FOLDER / f"{name}.csv"
         self.parquet = tables.FOLDER / f"{name}.parquet"
@@ -123,7 +105,7 @@ class Recording:
         missing = [n for n in range(len(self.grid)) if not self._is_complete(n, latency=latency)]
         print(f"{self.name}: {len(missing)} of {len(self.grid)} to measure", flush=True)
         if not (tables.FOLDER / f"{self.name}.json").is_file():
-            write_float_model(self.name, self.objective)
+            write_float_model(self.name, self.family, self.objective)
         for number in missing[:limit]:
             self._measure(number, latency=latency)
             self._write()
@@ -177,6 +159,7 @@ class Recording:
         result = objective.evaluate(model)
         reference = objective.float_evaluation.outputs.argmax(axis=1)
         predictions = result.outputs.argmax(axis=1)
+        assert result.measurement.sqnr_db is not None
         if self.predictions.empty:
             self.predictions = pd.DataFrame(
                 {
@@ -233,8 +216,8 @@ def margins(outputs: NDArray[np.float32], classes: NDArray[np.int64]) -> NDArray
     rows = np.arange(len(outputs))
     others = outputs.copy()
     others[rows, classes] = -np.inf
-    margin = outputs[rows, classes] - others.max(axis=1)
-    return np.round(margin, 3).astype(np.float32, copy=False)
+    margin: NDArray[np.float32] = outputs[rows, classes] - others.max(axis=1)
+    return margin.round(3)
 
 
 def write_checksums() -> None:
@@ -244,7 +227,7 @@ def write_checksums() -> None:
     (tables.FOLDER / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
-def write_float_model(name: str, objective: QuantizationObjective) -> None:
+def write_float_model(name: str, family: str, objective: QuantizationObjective) -> None:
     """What the rows of a table share: the float model, its margins, the machine."""
     outputs = objective.float_evaluation.outputs
     labels = objective.evaluation.labels
@@ -252,6 +235,7 @@ def write_float_model(name: str, objective: QuantizationObjective) -> None:
     float_latency = objective.latency(objective.model.path.read_bytes())
     description = {
         "model": name,
+        "family": family,
         "inputs": len(objective.evaluation),
         "calibration_inputs": len(objective.calibration),
         "layers": len(objective.model.layers),
@@ -276,44 +260,6 @@ def processor_of(name: str) -> Target:
         return target
     pairs = json.loads(described.read_text())["machine"]["VNNI"] == "no"
     return replace(target, representation=replace(target.representation, adds_in_pairs=pairs))
-
-
-def sources(name: str, data: Path) -> tuple[Path, InputSource, InputSource]:
-    """Model file, calibration inputs and labelled evaluation inputs."""
-    if name == "demo":
-        demo = load_demo()
-        recipe = Preprocessing.from_mapping(demo.preprocessing)
-        return (
-            demo.model_path,
-            ArrayInputs(demo.calibration, preprocessing=recipe),
-            ArrayInputs(demo.evaluation, labels=demo.evaluation_labels, preprocessing=recipe),
-        )
-    entry = json.loads((data / "models" / "models.json").read_text())[name]
-    recipe = Preprocessing.from_mapping({**entry["preprocessing"], "resize_short_side": None})
-    path = data / "models" / entry["file"]
-    if name.startswith("cifar10"):
-        images, _ = cifar10(data / "cifar10" / "train5000.zip", CALIBRATION_INPUTS)
-        held_out, labels = cifar10(data / "cifar10" / "test.zip", 2000)
-        return (
-            path,
-            ArrayInputs(images, preprocessing=recipe),
-            ArrayInputs(held_out, labels=labels, preprocessing=recipe),
-        )
-    return (
-        path,
-        ImageFolder(data / "imagenet-calibration", preprocessing=recipe, limit=CALIBRATION_INPUTS),
-        ImageFolder(data / "imagenet-val", preprocessing=recipe),
-    )
-
-
-def cifar10(archive: Path, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The first n images of a zip of `<label>_<class>/<id>.jpg` in a fixed random order."""
-    with zipfile.ZipFile(archive) as file:
-        names = sorted(member for member in file.namelist() if member.endswith(".jpg"))
-        chosen = [names[i] for i in np.random.default_rng(0).permutation(len(names))[:n]]
-        images = [Image.open(io.BytesIO(file.read(name))).convert("RGB") for name in chosen]
-    labels = [int(name.split("/")[-2].split("_")[0]) for name in chosen]
-    return np.stack([np.asarray(image) for image in images]), np.array(labels)
 
 
 if __name__ == "__main__":

@@ -42,17 +42,6 @@ NOTIONS: tuple[Notion, ...] = get_args(Notion)
 HORIZON = 25
 # Takes most of a second for a trial; its runs end after `HORIZON` trials in any case.
 SLOW = ("smac",)
-# Models of one architecture: none of them is a source when another one is searched.
-_FAMILIES = {
-    "cifar10_resnet8": "ResNet",
-    "cifar10_resnet20": "ResNet",
-    "demo": "MobileNetV2",
-    "mobilenetv2_1.0": "MobileNetV2",
-    "shufflenetv1_0.5_g3": "ShuffleNet",
-    "squeezenet1_1": "SqueezeNet",
-    "efficientnet_lite0": "EfficientNet",
-    "googlenet": "GoogLeNet",
-}
 # Accuracies are shares of some thousand inputs: far apart, but sums of floats.
 _SAME = 1e-9
 
@@ -179,14 +168,9 @@ def make(name: str, space: SearchSpace, table: Table, seed: int) -> BaseSampler:
     return create(space, seed=seed)
 
 
-def family(name: str) -> str:
-    """The architecture that a model belongs to."""
-    return _FAMILIES.get(name, name)
-
-
 def source_names(table: Table) -> list[str]:
     """The tables that a search on this one may learn from: all but those of its family."""
-    return [name for name in tables.complete() if family(name) != family(table.name)]
+    return [name for name in tables.complete() if tables.family(name) != table.family]
 
 
 @cache

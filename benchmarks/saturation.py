@@ -2,10 +2,10 @@
 
     python -m benchmarks.saturation DATA [--models NAME ...] [--inputs 300]
 
-DATA is a folder as in `benchmarks.record`; the processor must be an x86-64 one without VNNI. Such
-processors add products of uint8 activations and int8 weights in pairs in int16. For each model one
-configuration (one scale for each channel, 128 calibration inputs, the other knobs as they come) is
-run in four ways, with one thread:
+DATA is a folder as in `benchmarks.catalogue`; the processor must be an x86-64 one without VNNI.
+Such processors add products of uint8 activations and int8 weights in pairs in int16. For each
+model one configuration (one scale for each channel, 128 calibration inputs, the other knobs as
+they come) is run in four ways, with one thread:
 
 - `8 bits`: weights of 8 bits, as for a device without this trait, in a session as it comes;
 - `8 bits, exact`: the same model with ``session.x64quantprecision``, for which ONNX Runtime widens
@@ -30,9 +30,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks import catalogue
 from benchmarks import machine
-from benchmarks.accuracy import MODELS
-from benchmarks.record import sources
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.metrics import agrees
@@ -74,13 +73,13 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="all of DATA by default")
     parser.add_argument("--inputs", type=int, default=300)
     arguments = parser.parse_args()
     if not saturates():
         parser.error("products do not saturate on this processor")
     rows: list[dict[str, Any]] = []
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models):
         for row in measure(name, arguments.data, arguments.inputs):
             rows.append(row)
             print(row, flush=True)
@@ -89,7 +88,7 @@ def main() -> None:
 
 def measure(name: str, data: Path, n: int) -> list[dict[str, Any]]:
     """One row for each way to run a model."""
-    path, calibration, evaluation = sources(name, data)
+    path, calibration, evaluation = catalogue.sources(name, data)
     model = load_float_model(path)
     specs = [InputSpec(i.name, i.shape, i.dtype) for i in model.inputs]
     placement = place(model)

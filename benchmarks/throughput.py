@@ -2,9 +2,9 @@
 
     python -m benchmarks.throughput DATA [--model squeezenet1_1] [--images 300] [--repeats 5]
 
-DATA is a folder of `models/models.json` and `imagenet-val/`. Each figure is the median of some
-repeats, the variants of a question in turn within each repeat, so that other work on the machine
-hits them alike:
+DATA is a folder as in `benchmarks.catalogue`; the model is one for ImageNet. Each figure is the
+median of some repeats, the variants of a question in turn within each repeat, so that other work
+on the machine hits them alike:
 
 - decoding: a pass over the images with no, half of and all of them in the cache of uint8 pixels;
 - batches: inputs of a run, one batch on each core;
@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 
+from benchmarks import catalogue
 from benchmarks import machine
 from optuna_quantune.evaluation import image_folder
 from optuna_quantune.evaluation import latency
@@ -76,12 +78,11 @@ class Bench:
     """
 
     def __init__(self, data: Path, name: str, images: int) -> None:
-        entry = json.loads((data / "models" / "models.json").read_text())[name]
-        recipe = {**entry["preprocessing"], "resize_short_side": None}
+        recipe = catalogue.preprocessing(name, data, "imagenet-val")
         self._recipe = Preprocessing.from_mapping(recipe)
         self._folder = data / "imagenet-val"
         self._images = images
-        self._model = data / "models" / entry["file"]
+        self._model = data / "models" / catalogue.model_file(name, data)
         self._session = make_session(self._model)
         self._specs = input_specs(self._session)
         self._pixels = sum(
@@ -94,11 +95,10 @@ class Bench:
         """By question and variant, what measures it."""
         return {
             "decoding": {
-                f"{share:.0%} cached": lambda share=share: self._pass(share)
-                for share in (0.0, 0.5, 1.0)
+                f"{share:.0%} cached": partial(self._pass, share) for share in (0.0, 0.5, 1.0)
             },
             "batches": {
-                f"{size}": lambda size=size: self._rate(lambda: self._evaluate(self._cached, size))
+                f"{size}": partial(self._rate, partial(self._evaluate, self._cached, size))
                 for size in BATCH_SIZES
             },
             "side by side": {
@@ -151,12 +151,12 @@ class Bench:
 
     def _spread(self, limit: contextlib.AbstractContextManager[None]) -> dict[str, float]:
         """Latency of the model against itself while another evaluation goes on."""
-        sessions = [make_session(self._model, threads=None) for _ in range(2)]
+        one, same = (make_session(self._model, threads=None) for _ in range(2))
         feeds = list(self._cached.bind(self._specs).subset([0]).batches(1))
         with limit:
             other = threading.Thread(target=self._evaluate, args=(self._cached,))
             other.start()
-            ratio = latency.latency_ratio(*sessions, feeds, repeats=20)
+            ratio = latency.latency_ratio(one, same, feeds, repeats=20)
             other.join()
         return {"latency_ms": ratio.median_ms, "interval": ratio.high - ratio.low}
 
@@ -170,14 +170,10 @@ class _NoLimit:
 @contextlib.contextmanager
 def no_limit() -> Iterator[None]:
     """Evaluations as if each had the machine for itself."""
-    limits = [module.CORES for module in MODULES]
-    for module in MODULES:
-        module.CORES = _NoLimit()  # type: ignore[assignment]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in MODULES:
+            stack.enter_context(mock.patch.object(module, "CORES", _NoLimit()))
         yield
-    finally:
-        for module, limit in zip(MODULES, limits, strict=True):
-            module.CORES = limit
 
 
 def write(frame: pd.DataFrame, arguments: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ class Task:
         folder: Where they are: ``model.onnx``, ``calibration.npy``, ``evaluation.npy``,
             ``labels.npy``, ``task.json``.
         name: The model's name.
+        family: Its architecture: a method that learned from models leaves it out.
         input_name: Name of the model's input.
         selected: Which evaluation inputs a method may choose by, int64 of shape (n,), ascending;
             the others only report.
@@ -39,6 +40,7 @@ class Task:
 
     folder: Path
     name: str
+    family: str
     input_name: str
     selected: NDArray[np.int64]
 
@@ -52,7 +54,11 @@ class Task:
         folder = Path(folder).resolve()
         description = json.loads((folder / "task.json").read_text())
         return cls(
-            folder, description["name"], description["input"], np.array(description["selected"])
+            folder,
+            description["name"],
+            description["family"],
+            description["input"],
+            np.array(description["selected"]),
         )
 
     @property

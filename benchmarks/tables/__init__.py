@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,12 @@ class Table:
     rows: pd.DataFrame
     float_model: dict[str, Any]
 
-    def key(self, params: dict[str, Any]) -> int:
+    @property
+    def family(self) -> str:
+        """The architecture that the model belongs to."""
+        return _family(self.float_model)
+
+    def key(self, params: Mapping[str, Any]) -> int:
         """Row number of a configuration."""
         return self._index[tuple(str(params[knob]) for knob in SearchSpace.preset("quantune"))]
 
@@ -71,7 +78,7 @@ class Table:
         margins: NDArray[np.float64] = self.predictions[f"margin_{row:02}"].to_numpy(np.float64)
         return margins
 
-    def features(self, params: dict[str, Any]) -> dict[str, float]:
+    def features(self, params: Mapping[str, Any]) -> dict[str, float]:
         """The recorded predictions of the noise model for a configuration."""
         row = self.rows.iloc[self.key(params)]
         names = [c for c in self.rows if c.endswith("sqnr_db") and c not in _NOT_FEATURES]
@@ -96,6 +103,16 @@ def load(name: str) -> Table:
     """A table by the name of its model."""
     rows = pd.read_csv(FOLDER / f"{name}.csv", dtype=_TEXT_COLUMNS)
     return Table(name, rows, json.loads((FOLDER / f"{name}.json").read_text()))
+
+
+@cache
+def family(name: str) -> str:
+    """The architecture that a table's model belongs to."""
+    return _family(json.loads((FOLDER / f"{name}.json").read_text()))
+
+
+def _family(float_model: dict[str, Any]) -> str:
+    return str(float_model.get("family", float_model["model"]))
 
 
 def complete() -> list[str]:
