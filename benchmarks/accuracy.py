@@ -3,16 +3,17 @@
     python -m benchmarks.accuracy DATA [--models NAME ...] [--spaces NAME ...] [--n-trials N]
         [--target vta]
 
-DATA is a folder as in `benchmarks.record`. For each model and space `QuantuneSampler` looks for
+DATA is a folder as in `benchmarks.catalogue`. For each model and space `QuantuneSampler` looks for
 the configuration that agrees most often with the float model and is fast enough: batch-1 latency
 with one thread of at most 0.55 times the float model's, 0.8 for ShuffleNet, whose float model is
 the fastest. Of a model with which nothing is that fast, it may be a tenth slower than the
 fastest. The search sees 256 calibration images that calibration did not use (of CIFAR-10 test
-images). The trials that a paired test cannot tell from the best are ranked by the noise of the
-margins between classes, as in `tune`. A trial's latency is a quick measurement; it is repeated
-for the best trials, from the best one down, until one is fast enough. That model is measured on
-the 1,000 labelled validation images (CIFAR-10: on the other 9,744 of the 10,000 test images), and
-its latency five times more, with one thread and with all; the table has the middle one.
+images). What the package knows of models of the same family is left out. The trials that a paired
+test cannot tell from the best are ranked by the noise of the margins between classes, as in
+`tune`. A trial's latency is a quick measurement; it is repeated for the best trials, from the best
+one down, until one is fast enough. That model is measured on the 1,000 labelled validation images
+(CIFAR-10: on the other 9,744 of the 10,000 test images), and its latency five times more, with one
+thread and with all; the table has the middle one.
 
 With `--target vta`, an integer-only accelerator, the spaces are the paper's 12 configurations and
 `extended`; nothing is said of latency, which this machine's would tell nothing about.
@@ -32,6 +33,7 @@ import itertools
 import json
 import tempfile
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from typing import get_args
@@ -43,20 +45,16 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from benchmarks import catalogue
 from benchmarks import machine
-from benchmarks.record import CALIBRATION_INPUTS
-from benchmarks.record import cifar10
-from benchmarks.record import sources
+from optuna_quantune import records
 from optuna_quantune.chosen_sampler import make_sampler
-from optuna_quantune.evaluation.dataset import ArrayInputs
-from optuna_quantune.evaluation.dataset import ImageFolder
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.latency import latency_ratio
 from optuna_quantune.evaluation.metrics import measure
 from optuna_quantune.evaluation.metrics import paired_difference_interval
 from optuna_quantune.evaluation.metrics import top_k_correct
 from optuna_quantune.evaluation.metrics import wilson_interval
-from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.evaluation.runner import input_specs
 from optuna_quantune.evaluation.runner import make_session
 from optuna_quantune.objective import QuantizationObjective
@@ -73,15 +71,6 @@ from optuna_quantune.space import SearchSpace
 
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = (
-    "cifar10_resnet8",
-    "cifar10_resnet20",
-    "shufflenetv1_0.5_g3",
-    "squeezenet1_1",
-    "mobilenetv2_1.0",
-    "efficientnet_lite0",
-    "googlenet",
-)
 # By target.
 SPACES = {"cpu": ("quantune", "extended"), "vta": ("vta", "extended")}
 # The largest latency over the float model's that the search may choose.
@@ -89,9 +78,6 @@ MAX_LATENCY = 0.55
 SLOWER = {"shufflenetv1_0.5_g3": 0.8}
 LATENCY_REPEATS = 60
 LATENCY_ROUNDS = 5
-# Images that the search sees. The first test images of CIFAR-10 are those of the recorded tables.
-CHOOSING = 256
-TEST_IMAGES, FIRST_CHOOSING = 10_000, 2_000
 # Trials whose latency is measured again.
 CANDIDATES = 12
 EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])
@@ -103,7 +89,7 @@ order statistics of interleaved runs for latency. Knobs not named are as by defa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="all of DATA by default")
     parser.add_argument("--target", default="cpu", choices=SPACES)
     parser.add_argument("--spaces", nargs="+", help="both of the target's by default")
     parser.add_argument("--n-trials", type=int, default=30)
@@ -116,7 +102,7 @@ def main() -> None:
     lines = folder / "results.jsonl"
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     done = {(row["model"], row["space"]) for row in rows}
-    for name in arguments.models:
+    for name in catalogue.names(arguments.data, arguments.models):
         for space in arguments.spaces or SPACES[arguments.target]:
             if (name, space) in done:
                 continue
@@ -139,8 +125,8 @@ def results_of(target: str) -> str:
 
 def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Searches one space, and measures what it chose on the validation images."""
-    path, calibration, _ = sources(name, arguments.data)
-    choosing, validation = inputs_of(name, arguments.data)
+    path, calibration, _ = catalogue.sources(name, arguments.data)
+    choosing, validation = catalogue.choosing_and_validation(name, arguments.data)
     wanted = SLOWER.get(name, MAX_LATENCY)
     start = time.perf_counter()
     build = functools.partial(
@@ -162,12 +148,14 @@ def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:
             known.write_text(json.dumps(possible_bound(build(space=preset), wanted)))
         bound = json.loads(known.read_text())
     objective = build(space=preset, max_latency=bound)
+    family = catalogue.family(name, arguments.data)
+    studies = records.source_studies("agreement", without=family)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(arguments.work / f"{case}.journal"))),
         study_name=case,
         load_if_exists=True,
         directions=objective.directions,
-        sampler=make_sampler("quantune", objective, seed=0),
+        sampler=make_sampler("quantune", objective, seed=0, source_studies=studies),
         pruner=optuna.pruners.NopPruner(),
     )
     possible = min(arguments.n_trials, objective.space.size or arguments.n_trials)
@@ -286,24 +274,8 @@ def latency(
     return sorted(found)[len(found) // 2]
 
 
-def inputs_of(name: str, data: Path) -> tuple[InputSource, InputSource]:
-    """The labelled images that the search sees, and those that it is measured on."""
-    entry = json.loads((data / "models" / "models.json").read_text())[name]
-    recipe = Preprocessing.from_mapping({**entry["preprocessing"], "resize_short_side": None})
-    if not name.startswith("cifar10"):
-        folder = ImageFolder(data / "imagenet-calibration", preprocessing=recipe)
-        unused = np.random.default_rng(0).permutation(np.arange(CALIBRATION_INPUTS, len(folder)))
-        _, _, validation = sources(name, data)
-        return folder.subset(np.sort(unused[:CHOOSING])), validation
-    images, labels = cifar10(data / "cifar10" / "test.zip", TEST_IMAGES)
-    everything = ArrayInputs(images, labels=labels, preprocessing=recipe)
-    chosen = np.arange(FIRST_CHOOSING, FIRST_CHOOSING + CHOOSING)
-    return everything.subset(chosen), everything.subset(np.delete(np.arange(len(images)), chosen))
-
-
 def write(rows: list[dict[str, Any]], folder: Path, target: str) -> None:
     """The table of all that is done."""
-    order = {name: index for index, name in enumerate(MODELS)}
     table = pd.DataFrame(
         {
             "model": row["model"],
@@ -325,7 +297,7 @@ def write(rows: list[dict[str, Any]], folder: Path, target: str) -> None:
             "trials": row["trials"],
             "configuration": ", ".join(f"{k} {v}" for k, v in row["chosen"].items()),
         }
-        for row in sorted(rows, key=lambda row: (order[row["model"]], row["space"]))
+        for row in sorted(rows, key=itemgetter("model", "space"))
     )
     command = "python -m benchmarks.accuracy DATA" + (
         f" --target {target}" if target != "cpu" else ""

@@ -3,8 +3,9 @@
     python -m benchmarks.live_search TASK SAMPLER SPACE N_TRIALS SEED OUTPUT
 
 SAMPLER and SPACE are what `tune` takes: ``quantune`` or ``baselines.genetic:create``, and a
-preset. Nothing is cached from earlier runs. Prints one line of JSON: when each trial ended, in
-seconds from the call, with its value, and what the result says.
+preset. Nothing is cached from earlier runs, and what the package knows of models of the same
+family is left out. Prints one line of JSON: when each trial ended, in seconds from the call, with
+its value, and what the result says.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import optuna
 
 from benchmarks.peers.task import peak_memory_mb
 from benchmarks.peers.task import Task
+from optuna_quantune import records
 from optuna_quantune import tune
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.search.pruner import CORRECT_KEY
@@ -31,6 +33,8 @@ def main() -> None:
     task = Task.load(folder)
     calibration = ArrayInputs(task.calibration)
     evaluation = ArrayInputs(task.evaluation, labels=task.labels)
+    is_ours = sampler == "quantune"
+    studies = records.source_studies(without=task.family)
     before_mb = peak_memory_mb()
     trials: list[dict[str, Any]] = []
     start = time.perf_counter()
@@ -51,6 +55,7 @@ def main() -> None:
         calibration=calibration,
         evaluation=evaluation,
         sampler=sampler,
+        source_studies=studies if is_ours else (),
         space=space,
         n_trials=int(n_trials),
         seed=int(seed),

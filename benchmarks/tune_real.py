@@ -2,8 +2,7 @@
 
     python -m benchmarks.tune_real DATA [--models NAME ...] [--n-trials 10] [--space quantune]
 
-DATA is a folder with `models/models.json` (from model name to `file` and `preprocessing`),
-`imagenet-val/` and `imagenet-calibration/` (images with `labels.csv`). Results go to
+DATA is a folder as in `benchmarks.catalogue`; the models are ones for ImageNet. Results go to
 `benchmarks/results/tune_real/`: what the command printed, the trials as CSV, and a plot.
 """
 
@@ -22,6 +21,7 @@ import matplotlib.pyplot as plt
 import optuna
 import pandas as pd
 
+from benchmarks import catalogue
 from benchmarks import machine
 from benchmarks.independent_check import top1
 
@@ -38,23 +38,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    catalogue = json.loads((arguments.data / "models" / "models.json").read_text())
-    for name in arguments.models:
-        run(name, catalogue[name], arguments)
+    for name in catalogue.names(arguments.data, arguments.models):
+        run(name, arguments)
 
 
-def run(name: str, entry: dict[str, object], arguments: argparse.Namespace) -> None:
+def run(name: str, arguments: argparse.Namespace) -> None:
     """Tunes one model in a process of its own and keeps everything that it printed."""
     data: Path = arguments.data.resolve()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        # The validation images have the size of the crop already, the others are cropped alike.
-        recipe = {**entry["preprocessing"], "resize_short_side": None}  # type: ignore[dict-item]
+        # The calibration images, which only need to be cropped, are prepared like the others.
+        recipe = catalogue.preprocessing(name, data, "imagenet-val")
         (work / "preprocessing.json").write_text(json.dumps(recipe))
         for link in ("models", "imagenet-val", "imagenet-calibration"):
             (work / link).symlink_to(data / link)
         command = [
-            *("optuna-quantune", "tune", f"models/{entry['file']}"),
+            *("optuna-quantune", "tune", f"models/{catalogue.model_file(name, data)}"),
             *("--calibration", "imagenet-calibration", "--evaluation", "imagenet-val"),
             *("--preprocessing", "preprocessing.json", "--n-trials", str(arguments.n_trials)),
             *(
@@ -65,6 +64,7 @@ def run(name: str, entry: dict[str, object], arguments: argparse.Namespace) -> N
                 "--storage",
                 "sqlite:///study.db",
             ),
+            *("--source-studies", "none"),  # the records are of these very models
             *("--study-name", name, "--cache", "cache", "--output", f"{name}.int8.onnx"),
         ]
         # The command of this environment, also where it is not activated.

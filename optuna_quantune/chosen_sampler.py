@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
+from typing import Final
+from typing import TypeAlias
 
 import optuna
 from optuna.distributions import CategoricalDistribution
@@ -14,10 +17,23 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.importing import import_function
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.space import SearchSpace
 
 
-def make_sampler(name: str, objective: QuantizationObjective, *, seed: int) -> BaseSampler:
+# In place of an earlier study: those of the reference models, which the package ships.
+RECORDS: Final = "records"
+# What `source_studies` may hold.
+Source: TypeAlias = optuna.Study | SourceStudy | str
+
+
+def make_sampler(
+    name: str,
+    objective: QuantizationObjective,
+    *,
+    seed: int,
+    source_studies: Sequence[Source] = (RECORDS,),
+) -> BaseSampler:
     """A sampler for an objective's search space.
 
     Args:
@@ -26,19 +42,22 @@ def make_sampler(name: str, objective: QuantizationObjective, *, seed: int) -> B
             current folder, too.
         objective: What the sampler will be used with.
         seed: Seed of the sampler.
+        source_studies: Earlier studies that ``quantune`` learns from; ``records`` stands for those
+            of the reference models that the package ships, which say something where the first
+            objective is a metric that they have.
 
     Raises:
-        InputError: If there is no such sampler, or it cannot be made.
+        InputError: If there is no such sampler, it cannot be made, or it learns from nothing.
     """
     space = objective.space
     if name == "quantune":
-        is_accuracy = objective.goals.objectives[0] == "accuracy"
         return QuantuneSampler(
             space,
             features=objective.features,
-            source_studies=records.source_studies(objective.metric) if is_accuracy else (),
+            source_studies=_studies(source_studies, objective),
             seed=seed,
         )
+    check_learns(name, source_studies)
     if ":" in name:
         return _sampler_of_factory(name, space, seed)
     known = [
@@ -59,6 +78,31 @@ def make_sampler(name: str, objective: QuantizationObjective, *, seed: int) -> B
     sampler = constructor(**arguments)
     assert isinstance(sampler, BaseSampler)
     return sampler
+
+
+def check_learns(sampler: str | BaseSampler, source_studies: Sequence[Source]) -> None:
+    """Refuses earlier studies for a sampler that would not look at them.
+
+    Raises:
+        InputError: If the sampler is not ``quantune`` and there is more than the records.
+    """
+    if sampler != "quantune" and any(source != RECORDS for source in source_studies):
+        name = sampler if isinstance(sampler, str) else type(sampler).__name__
+        raise InputError(f"source_studies: the sampler 'quantune' learns from them, not {name!r}")
+
+
+def _studies(
+    sources: Sequence[Source], objective: QuantizationObjective
+) -> list[optuna.Study | SourceStudy]:
+    found: list[optuna.Study | SourceStudy] = []
+    for source in sources:
+        if not isinstance(source, str):
+            found.append(source)
+        elif source != RECORDS:
+            raise InputError(f"source_studies: {source!r} is neither a study nor {RECORDS!r}")
+        elif objective.goals.objectives[0] == "accuracy":
+            found.extend(records.source_studies(objective.metric))
+    return found
 
 
 def _choices(space: SearchSpace) -> dict[str, list[Any]]:

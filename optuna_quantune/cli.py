@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import optuna_quantune
+from optuna_quantune import records
 from optuna_quantune.cli_options import calibration_option
 from optuna_quantune.cli_options import data_options
 from optuna_quantune.cli_options import evaluate_option
@@ -29,7 +30,9 @@ from optuna_quantune.cli_options import read_config
 from optuna_quantune.cli_options import read_evaluation
 from optuna_quantune.cli_options import read_inputs
 from optuna_quantune.cli_options import read_provider
+from optuna_quantune.cli_options import read_sources
 from optuna_quantune.cli_options import search_options
+from optuna_quantune.cli_options import source_option
 from optuna_quantune.demo import load_demo
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import Direction
@@ -121,6 +124,7 @@ def cli() -> None:
 )
 @goal_options
 @click.option("--output", metavar="PATH", show_default="MODEL.int8.onnx", help="Model to write.")
+@source_option
 @search_options(n_trials=20)
 @data_options
 def tune_command(
@@ -132,6 +136,8 @@ def tune_command(
     data: str | None,
     metric: str | None,
     evaluate: str | None,
+    source_studies: str,
+    storage: str | None,
     output: str | None,
     **options: Any,
 ) -> None:
@@ -142,6 +148,8 @@ def tune_command(
         evaluation=read_evaluation(evaluate, evaluation, data, preprocessing, labels),
         metric=import_function(metric, "--metric") if metric and ":" in metric else metric,
         evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
+        source_studies=read_sources(source_studies, storage),
+        storage=storage,
         output=output or _beside(model),
         **options,
     )
@@ -187,6 +195,7 @@ def _beside(model: str) -> str:
     metavar="SECONDS",
     help="No trial begins later than this after the start.",
 )
+@source_option
 @input_options
 def worker_command(
     model: str,
@@ -197,6 +206,8 @@ def worker_command(
     data: str | None,
     metric: str | None,
     evaluate: str | None,
+    source_studies: str,
+    storage: str,
     providers: Sequence[str],
     **options: Any,
 ) -> None:
@@ -219,6 +230,8 @@ def worker_command(
             evaluation=read_evaluation(evaluate, evaluation, data, preprocessing, labels),
             metric=None if metric is None else import_function(metric, "--metric"),
             evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
+            source_studies=read_sources(source_studies, storage),
+            storage=storage,
             providers=[read_provider(text) for text in providers] or None,
             progress=progress,
             callbacks=[show],
@@ -248,7 +261,10 @@ def report_command(storage: str, study_name: str | None, output: str) -> None:
 @goal_options
 @search_options(n_trials=20)
 def demo_command(output: str, **options: Any) -> None:
-    """Runs the whole job on a small model and images that come with the package."""
+    """Runs the whole job on a small model and images that come with the package.
+
+    What the package knows of that very model, and of others of its family, is left out.
+    """
     data = load_demo()
     recipe = Preprocessing.from_mapping(data.preprocessing)
     _tune(
@@ -257,6 +273,7 @@ def demo_command(output: str, **options: Any) -> None:
         evaluation=ArrayInputs(
             data.evaluation, labels=data.evaluation_labels, preprocessing=recipe
         ),
+        source_studies=records.source_studies(without=data.family),
         output=output,
         **options,
     )

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import click
 
+from optuna_quantune.chosen_sampler import RECORDS
+from optuna_quantune.chosen_sampler import Source
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import as_input_source
 from optuna_quantune.evaluation.dataset import ImageFolder
@@ -22,6 +24,7 @@ from optuna_quantune.importing import import_function
 from optuna_quantune.objective import DEFAULT_CACHE
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.selection import Preference
+from optuna_quantune.studies import load_study
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -81,6 +84,15 @@ input_options = _all_of(
         help="JSON file of the images' preprocessing: mean, std, scale, channel_order, "
         "resize_short_side, crop, interpolation.",
     ),
+)
+# What a sampler may learn from.
+source_option = click.option(
+    "--source-studies",
+    default=RECORDS,
+    metavar="NAMES",
+    help="What the sampler learns from before the first trial, with commas between: studies of "
+    "other models in the same storage, and 'records', those of the reference models that the "
+    "package ships; 'none' for nothing.",
 )
 # The same with the target, which a study that is joined has already.
 data_options = _all_of(
@@ -240,6 +252,19 @@ def read_inputs(
             f"--data {data!r}: fails for {split!r}: {type(error).__name__}: {error}"
         ) from error
     return as_input_source(inputs)
+
+
+def read_sources(text: str, storage: str | None) -> list[Source]:
+    """The earlier studies that `--source-studies` names."""
+    found: list[Source] = []
+    for name in text.split(",") if text != "none" else ():
+        if name == RECORDS:
+            found.append(name)
+        elif storage is None:
+            raise InputError(f"--source-studies {name!r}: needs the --storage that it is in")
+        else:
+            found.append(load_study(storage, name))
+    return found
 
 
 def read_provider(text: str) -> Provider:

@@ -19,7 +19,10 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_quantune.chosen_sampler import check_learns
 from optuna_quantune.chosen_sampler import make_sampler
+from optuna_quantune.chosen_sampler import RECORDS
+from optuna_quantune.chosen_sampler import Source
 from optuna_quantune.comparison import compare_with_float
 from optuna_quantune.comparison import Comparison
 from optuna_quantune.errors import InputError
@@ -158,6 +161,7 @@ def tune(
     target: str | Target = "cpu",
     providers: Sequence[Provider] | None = None,
     sampler: BaseSampler | str = "quantune",
+    source_studies: Sequence[Source] = (RECORDS,),
     pruner: BasePruner | None = None,
     n_trials: int | None = 20,
     timeout: float | None = None,
@@ -207,6 +211,9 @@ def tune(
         providers: ONNX Runtime execution providers; None takes the target's.
         sampler: ``quantune``, the name of an Optuna sampler class, ``module:factory`` with the
             signature ``factory(search_space, *, seed)``, or a sampler.
+        source_studies: What ``quantune`` learns from before the first trial: earlier studies of
+            other models, as `QuantuneSampler` takes them, and ``records`` for those of the
+            reference models that the package ships; nothing when it is empty.
         pruner: An Optuna pruner; `RacingPruner` by default. `optuna.pruners.NopPruner` stops none.
         n_trials: Number of trials, those already in the study included; None, with a `timeout`,
             sets no number.
@@ -244,6 +251,7 @@ def tune(
         raise InputError(f"seed: {seed} is not between 0 and {2**32 - 1}")
     if prefer not in (None, *get_args(Preference)):
         raise InputError(f"prefer {prefer!r}: use 'latency', 'size' or 'accuracy'")
+    check_learns(sampler, source_studies)
     if output is not None:
         check_writable(output, model)
     plan = SearchPlan(
@@ -278,7 +286,9 @@ def tune(
     study = create_study(
         storage,
         study_name or (None if storage is None else name_of_study(objective)),
-        make_sampler(sampler, objective, seed=seed) if isinstance(sampler, str) else sampler,
+        make_sampler(sampler, objective, seed=seed, source_studies=source_studies)
+        if isinstance(sampler, str)
+        else sampler,
         pruner or default_pruner(objective),
         objective.directions,
     )

@@ -13,7 +13,10 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
+from optuna_quantune.chosen_sampler import check_learns
 from optuna_quantune.chosen_sampler import make_sampler
+from optuna_quantune.chosen_sampler import RECORDS
+from optuna_quantune.chosen_sampler import Source
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import MetricFunction
 from optuna_quantune.evaluation.chosen_metric import SessionFunction
@@ -41,6 +44,7 @@ def work(
     target: Target | None = None,
     providers: Sequence[Provider] | None = None,
     sampler: BaseSampler | str | None = None,
+    source_studies: Sequence[Source] = (RECORDS,),
     pruner: BasePruner | None = None,
     n_trials: int | None = None,
     timeout: float | None = None,
@@ -70,6 +74,7 @@ def work(
         providers: ONNX Runtime execution providers, as `tune` has them.
         sampler: In place of the study's: a sampler or what `tune` takes. Needed where `tune` was
             given an object or ``module:factory``.
+        source_studies: What the sampler ``quantune`` learned from before, as `tune` has it.
         pruner: In place of `tune`'s default.
         n_trials: Trials of the study in all, in place of what `tune` was asked for.
         timeout: Seconds from the call on after which no further trial is begun.
@@ -112,8 +117,11 @@ def work(
         raise InputError(
             f"study {study.study_name!r}: was begun with a sampler of your own; give it as sampler"
         )
+    check_learns(chosen, source_studies)
     study.sampler = (
-        make_sampler(chosen, objective, seed=plan.seed) if isinstance(chosen, str) else chosen
+        make_sampler(chosen, objective, seed=plan.seed, source_studies=source_studies)
+        if isinstance(chosen, str)
+        else chosen
     )
     # Processes that begin together would otherwise propose the same.
     study.sampler.reseed_rng()

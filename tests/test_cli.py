@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,16 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization import quantize_static
 from onnxruntime.quantization import QuantType
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
+from optuna_quantune import records
 from optuna_quantune import target
 from optuna_quantune.cli import main
 from optuna_quantune.quantization import lint
 from optuna_quantune.quantization.quantizer import CONFIG_KEY
+from optuna_quantune.search.sources import SourceStudy
 
 
 RECIPE = {
@@ -208,6 +213,14 @@ def labels_file(text: str):  # type: ignore[no-untyped-def]
     return lambda folder: (folder / "images/labels.csv").write_text(text)
 
 
+def storage_with(study: str):  # type: ignore[no-untyped-def]
+    def make(folder: Path) -> None:
+        storage = JournalStorage(JournalFileBackend(str(folder / "s.log")))
+        optuna.create_study(storage=storage, study_name=study)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("damage", "arguments", "message"),
     [
@@ -238,6 +251,8 @@ def labels_file(text: str):  # type: ignore[no-untyped-def]
         (None, ("--output", "model.onnx"), "model.onnx: is the float model"),
         (None, ("--storage", "no/such/folder/x.log"), "no/such/folder/x.log"),
         (None, ("--no-such-option",), "--no-such-option"),
+        (None, ("--source-studies", "records,earlier"), "'earlier': needs the --storage"),
+        (storage_with("other"), ("--source-studies", "earlier", "--storage", "s.log"), "'other'"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(  # type: ignore[no-untyped-def]
@@ -257,6 +272,36 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(  # type: ignore[no-unt
     assert error.startswith("optuna-quantune: ")
     assert len(error.strip().splitlines()) == 1
     assert not list(folder.glob("*.int8.onnx"))
+
+
+def test_tune_and_worker_learn_from_studies_of_the_storage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = ("--storage", "studies.log")
+    options = (*storage, "--output", "out.onnx", "--study-name")
+    assert call(folder, *TUNE, *options, "earlier", monkeypatch=monkeypatch) == 0
+    learning = ("--source-studies", "earlier,records")
+    assert call(folder, *TUNE, *options, "later", *learning, monkeypatch=monkeypatch) == 0
+    join = ("worker", *TUNE[1:-2], "--n-trials", "4", *storage, "--study-name", "later", *learning)
+    capsys.readouterr()
+    assert call(folder, *join, monkeypatch=monkeypatch) == 0
+    assert "Ran 1 of the 4 trials of study 'later'" in capsys.readouterr().out
+
+
+def test_the_demo_leaves_out_what_is_known_of_its_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+
+    def stop(*_: object, source_studies: Sequence[SourceStudy], **options: object) -> None:
+        given.extend(study.name for study in source_studies)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optuna_quantune.cli.tune", stop)
+    with pytest.raises(SystemExit):
+        main(["demo"])
+    known = {study.name for study in records.source_studies()}
+    assert set(given) == known - {"demo", "mobilenetv2_1.0"}
 
 
 def test_a_folder_in_place_of_a_model_is_named(

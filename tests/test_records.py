@@ -32,6 +32,13 @@ def test_values_are_gains_on_the_float_model() -> None:
         assert all(-1.0 <= features["prior"] <= 0.0 for features in study.features)
 
 
+def test_a_family_is_left_out() -> None:
+    everything = {study.name for study in records.source_studies("agreement")}
+    others = {study.name for study in records.source_studies("agreement", without="ResNet")}
+    assert everything - others == {"cifar10_resnet8", "cifar10_resnet20"}
+    assert "family" not in records.source_studies()[0].features[0]
+
+
 def test_nothing_is_known_of_other_metrics() -> None:
     assert records.source_studies("perplexity") == ()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,13 +11,19 @@ import pytest
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
+from optuna_quantune import records
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.search.sampler import QuantuneSampler
+from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
+
+
+GRID = list(SearchSpace.preset("quantune").grid())
+EARLIER = SourceStudy("earlier", "maximize", tuple(GRID[:2]), (0.5, 0.7), ({}, {}))
 
 
 @pytest.fixture
@@ -186,12 +193,50 @@ def test_an_exhausted_space_ends_the_search(run) -> None:  # type: ignore[no-unt
         ({"space": "quantum"}, "search space 'quantum'"),
         ({"storage": "nosuchdb://host/x"}, "storage nosuchdb://host/x: cannot be opened"),
         ({"seed": -1}, "seed: -1 is not between 0 and"),
+        ({"source_studies": ["mobilenet"]}, "'mobilenet' is neither a study nor 'records'"),
+        (
+            {"source_studies": ["records", EARLIER], "sampler": "TPESampler"},
+            "the sampler 'quantune' learns from them, not 'TPESampler'",
+        ),
         ({"storage": "no/such/folder/journal.log"}, "storage no/such/folder/journal.log"),
     ],
 )
 def test_mistakes_are_found_before_the_search(run, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InputError, match=message):
         run(**arguments)
+
+
+def test_the_first_trial_is_what_was_best_in_the_only_source_study(run) -> None:  # type: ignore[no-untyped-def]
+    for granularity in ("tensor", "channel"):
+        study = SourceStudy(
+            name=granularity,
+            direction="maximize",
+            params=tuple(GRID),
+            values=tuple(float(params["granularity"] == granularity) for params in GRID),
+            features=({},) * len(GRID),
+        )
+        result = run(n_trials=1, source_studies=[study])
+        assert result.trial.params["granularity"] == granularity
+
+
+def test_the_records_are_learned_from_unless_others_are_given(
+    run,
+    monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
+) -> None:
+    seen: list[int] = []
+
+    class Spy(QuantuneSampler):
+        def __init__(self, *arguments: object, **options: Any) -> None:
+            seen.append(len(options["source_studies"]))
+            super().__init__(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("optuna_quantune.chosen_sampler.QuantuneSampler", Spy)
+    shipped = len(records.source_studies())
+    run(n_trials=1)
+    run(n_trials=1, source_studies=[])
+    run(n_trials=1, source_studies=["records", EARLIER])
+    run(n_trials=1, objectives=["size"])
+    assert seen == [shipped, 0, shipped + 1, 0]
 
 
 def test_fully_convolutional_classifiers_are_tuned_too(tmp_path: Path) -> None:

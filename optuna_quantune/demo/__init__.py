@@ -30,6 +30,7 @@ class DemoData:
     Attributes:
         model_path: The float ONNX model, from ``input`` of shape (batch, 1, 28, 28), float32, to
             ``logits`` of shape (batch, 10), float32.
+        family: The architecture, as the records of reference models name it.
         calibration: Images of shape (n, 28, 28), uint8, from the data that the model was trained
             on. They are in random order, so any first few of them are a fair sample.
         evaluation: Images of shape (n, 28, 28), uint8, that took no part in the training.
@@ -40,6 +41,7 @@ class DemoData:
     """
 
     model_path: Path
+    family: str
     calibration: NDArray[np.uint8]
     evaluation: NDArray[np.uint8]
     evaluation_labels: NDArray[np.int64]
@@ -54,6 +56,7 @@ def load_demo() -> DemoData:
     with np.load(folder / "images.npz", allow_pickle=False) as images:
         return DemoData(
             model_path=folder / "model.onnx",
+            family="MobileNet",
             calibration=images["calibration"],
             evaluation=images["evaluation"],
             evaluation_labels=images["evaluation_labels"],

@@ -23,6 +23,7 @@ FILE: Final = Path(__file__).parent / "configurations.csv"
 KNOBS: Final = ("calibration_images", "scheme", "clipping", "granularity", "mixed_precision")
 # What a model's rows begin with, and what a metric's measured and predicted columns are.
 MODEL: Final = "model"
+FAMILY: Final = "family"
 METRICS: Final = {
     "top1": ("top1_gain", "prior_gain"),
     "top5": ("top5_gain", "prior_gain"),
@@ -31,11 +32,13 @@ METRICS: Final = {
 }
 
 
-def source_studies(metric: str = "top1") -> tuple[SourceStudy, ...]:
+def source_studies(metric: str = "top1", *, without: str | None = None) -> tuple[SourceStudy, ...]:
     """The reference models as earlier studies of a metric, for `QuantuneSampler`.
 
     Args:
         metric: A metric of `QuantizationObjective`; none is known of any other.
+        without: A family of models that is left out, such as ``ResNet``: what a benchmark of one
+            of them must not know.
 
     Returns:
         One study a model. Values are gains on the float model (negative ones are losses) for
@@ -53,6 +56,7 @@ def source_studies(metric: str = "top1") -> tuple[SourceStudy, ...]:
             features=tuple(_features(row, predicted) for row in rows),
         )
         for name, rows in _rows_by_model()
+        if rows[0][FAMILY] != without
     )
 
 
@@ -81,6 +85,6 @@ def _features(row: dict[str, str], predicted: str) -> dict[str, float]:
     features = {
         name: float(text)
         for name, text in row.items()
-        if name not in measured and name not in (MODEL, *KNOBS)
+        if name not in measured and name not in (MODEL, FAMILY, *KNOBS)
     }
     return {**features, PRIOR_FEATURE: float(row[predicted])}

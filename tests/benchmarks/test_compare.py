@@ -35,7 +35,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 INPUTS = 200
 
 
-def make_table(name: str, seed: int) -> Table:
+def make_table(name: str, seed: int, family: str = "toy") -> Table:
     """Accuracies that add up from the knobs; rows 2n and 2n + 1 of the scheme build one model."""
     rng = np.random.default_rng(seed)
     space = SearchSpace.preset("quantune")
@@ -59,16 +59,27 @@ def make_table(name: str, seed: int) -> Table:
                 "correct": pack(correct),
             }
         )
-    shared = {"inputs": INPUTS, "layers": 10 + seed, "parameters": 1000, "top1": 0.9}
+    shared = {
+        "model": name,
+        "family": family,
+        "inputs": INPUTS,
+        "layers": 10 + seed,
+        "parameters": 1000,
+        "top1": 0.9,
+    }
     return Table(name, pd.DataFrame(rows), shared)
 
 
 @pytest.fixture
 def three_tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
-    names = ("cifar10_resnet8", "cifar10_resnet20", "squeezenet1_1")
-    made = {name: make_table(name, seed) for seed, name in enumerate(names)}
+    families = {"cifar10_resnet8": "ResNet", "cifar10_resnet20": "ResNet", "squeezenet1_1": "S"}
+    made = {
+        name: make_table(name, seed, family)
+        for seed, (name, family) in enumerate(families.items())
+    }
     monkeypatch.setattr(tables, "complete", lambda: list(made))
     monkeypatch.setattr(tables, "load", lambda name: made[name])
+    monkeypatch.setattr(tables, "family", lambda name: made[name].family)
     for cached in (replay.recorded_features, replay.as_study, replay.as_record):
         cached.cache_clear()
     return made
@@ -153,7 +164,11 @@ def test_no_model_is_a_source_for_its_own_family(three_tables: dict[str, Table])
     assert replay.source_names(three_tables["cifar10_resnet20"]) == ["squeezenet1_1"]
     both = ["cifar10_resnet8", "cifar10_resnet20"]
     assert replay.source_names(three_tables["squeezenet1_1"]) == both
-    assert replay.family("demo") == replay.family("mobilenetv2_1.0")
+
+
+def test_a_recorded_table_says_its_family() -> None:
+    assert tables.family("demo") == tables.load("mobilenetv2_1.0").family == "MobileNet"
+    assert tables.family("cifar10_resnet8") == tables.family("cifar10_resnet20") == "ResNet"
 
 
 def test_runs_are_made_anew_when_what_the_sampler_saw_has_changed(

@@ -34,7 +34,7 @@ def task(toy_model: Path, toy_inputs: NDArray[np.float32], tmp_path: Path) -> Ta
     labels = np.arange(len(toy_inputs)) % 10
     evaluation = ArrayInputs(toy_inputs, labels=labels)
     folder = export_task.write(
-        "toy", toy_model, ArrayInputs(toy_inputs[:40]), evaluation, tmp_path / "toy"
+        "toy", "Toy", toy_model, ArrayInputs(toy_inputs[:40]), evaluation, tmp_path / "toy"
     )
     return Task.load(folder)
 

@@ -39,7 +39,7 @@ def task(toy_model: Path, toy_inputs: NDArray[np.float32], tmp_path: Path) -> Ta
     labels = np.arange(len(toy_inputs)) % 10
     evaluation = ArrayInputs(toy_inputs, labels=labels)
     return Task.load(
-        export_task.write("toy", toy_model, calibration, evaluation, tmp_path / "toy")
+        export_task.write("toy", "Toy", toy_model, calibration, evaluation, tmp_path / "toy")
     )
 
 
