@@ -39,6 +39,8 @@ from optuna_quantune.quantization.uneven_clipping import shares_of_inputs
 ADDITIVE: Final = 0.1
 # An activation whose clipping is a smaller share of what all contribute counts as clipped evenly.
 _NEGLIGIBLE: Final = 0.001
+# The share of clipping in the noise from which a simulation clips, too.
+_MOSTLY: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,10 @@ class NoiseModel:
         quantizer: What builds the configurations.
         probe: What errors in `quantizer.model` do to its output.
         closely: Whether errors that do not add up are simulated for every clipping, calibration
-            size and mixed precision, too, rather than for every scheme and granularity only. A
-            simulation takes a few inferences, there can be hundreds of them, and they tell
-            configurations apart that are all far from the best.
+            size and mixed precision, too, rather than for every scheme and granularity, and for
+            those only where clipping makes most of the noise. A simulation takes a few inferences,
+            there can be hundreds of them, and they tell configurations apart that are all far from
+            the best.
     """
 
     def __init__(self, quantizer: Quantizer, probe: Probe, *, closely: bool = False) -> None:
@@ -212,6 +215,13 @@ class NoiseModel:
         self, config: QuantizationConfig, float_layers: tuple[str, ...]
     ) -> NoisePrediction:
         """The expected noise of `config` with other layers kept in float than it says."""
+        prediction = self._sum(config, float_layers)
+        if prediction.linear <= ADDITIVE:
+            return prediction
+        return replace(prediction, saturation=self._saturation(config))
+
+    def _sum(self, config: QuantizationConfig, float_layers: tuple[str, ...]) -> NoisePrediction:
+        """The prediction where errors add up, however large they are."""
         tensors, names = self._quantized_tensors(float_layers, config.fusion)
         activations = self._activation_noise(config)
         weights = self._weight_noise(config)
@@ -225,7 +235,7 @@ class NoiseModel:
             for tensor, of_inputs in activations.uneven.items()
             if tensor in tensors
         ]
-        prediction = NoisePrediction(
+        return NoisePrediction(
             rounding={t: times * activations.rounding[t] for t, times in tensors.items()},
             clipping=clipping,
             weights={name: weights[name] for name in names},
@@ -233,12 +243,14 @@ class NoiseModel:
             highest=activations.highest_output if self._output in clipping else np.inf,
             uneven=np.sum(uneven, axis=0) if uneven else np.zeros(0),
         )
-        if prediction.linear <= ADDITIVE:
-            return prediction
-        return replace(prediction, saturation=self._saturation(config))
 
     def _saturation(self, config: QuantizationConfig) -> Saturation:
-        """From a simulation of the knobs that decide most, with the others at their defaults."""
+        """From a simulation of the knobs that decide most, with the others at their defaults.
+
+        Which values are cut off is among them where that makes most of the noise: what one tensor
+        loses is not lost again in those behind it that hold the same values, as in the residual
+        stream of a transformer.
+        """
         key = replace(
             config,
             weight_clipping="max",
@@ -247,21 +259,20 @@ class NoiseModel:
             float_layers=0,
             zero_dead_weights=False,
         )
-        if not self._closely:
-            key = replace(
-                key,
-                calibration_images=ALL_IMAGES,
-                clipping="max",
-                mixed_precision="none",
-            )
         if key not in self._saturations:
-            self._saturations[key] = Saturation()  # of the prediction that is asked for here
-            expected = self.predict_layers(key, self._quantizer.float_layers(key))
-            if expected.linear > ADDITIVE:
-                self._saturations[key] = self._simulated(key, expected)
+            self._saturations[key] = self._simulated(key)
         return self._saturations[key]
 
-    def _simulated(self, config: QuantizationConfig, expected: NoisePrediction) -> Saturation:
+    def _simulated(self, config: QuantizationConfig) -> Saturation:
+        expected = self._sum(config, self._quantizer.float_layers(config))
+        cut_off = sum(expected.clipping.values())
+        if not self._closely and cut_off < _MOSTLY * expected.linear:
+            config = replace(
+                config, calibration_images=ALL_IMAGES, clipping="max", mixed_precision="none"
+            )
+            expected = self._sum(config, self._quantizer.float_layers(config))
+        if expected.linear <= ADDITIVE:
+            return Saturation()
         joint = self._probe.joint
         # Errors of 16-bit activations are nothing beside those of 8-bit weights.
         whole = config.activation_bits == 8

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -10,6 +11,8 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from onnx import helper
+from onnx import numpy_helper
 from scipy.stats import spearmanr
 
 from optuna_quantune.quantization.config import Clipping
@@ -19,6 +22,7 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import ADDITIVE
 from optuna_quantune.quantization.noise import layer_error
 from optuna_quantune.quantization.noise import NoiseModel
@@ -240,9 +244,58 @@ def test_schemes_and_granularities_are_simulated_and_all_else_if_asked(
     shared = {config: coarse.predict(config).saturation for config in configs}
     single = {config: close.predict(config).saturation for config in configs}
     assert len(set(single.values())) > len(set(shared.values()))
+    clipped = [config for config in configs if mostly_cut_off(coarse.predict(config))]
+    assert 0 < len(clipped) < len(configs)
     for config in configs:
         typical = replace(config, clipping="max", calibration_images="all")
-        assert shared[config] == single[typical]
+        assert shared[config] == single[config if config in clipped else typical]
+
+
+def mostly_cut_off(prediction: NoisePrediction) -> bool:
+    return sum(prediction.clipping.values()) > 0.5 * prediction.linear
+
+
+def residual_stream(blocks: int) -> onnx.ModelProto:
+    """Convolutions that add little to what they read, so that each sum holds the same values."""
+    rng = np.random.default_rng(0)
+    nodes, constants, last = [], [], "input"
+    for number in range(blocks):
+        weight = 0.05 * rng.standard_normal((4, 4, 1, 1)).astype(np.float32)
+        constants.append(numpy_helper.from_array(weight, f"weight_{number}"))
+        nodes += [
+            helper.make_node("Conv", [last, f"weight_{number}"], [f"conv_{number}"]),
+            helper.make_node("Add", [last, f"conv_{number}"], [f"sum_{number}"]),
+        ]
+        last = f"sum_{number}"
+    graph = helper.make_graph(
+        nodes,
+        "residual_stream",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 4, 6, 6])],
+        [helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, ["n", 4, 6, 6])],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_what_is_cut_off_once_is_not_cut_off_again(
+    tmp_path: Path,
+    make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
+    run: Callable[..., NDArray[np.float32]],
+) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(residual_stream(6), path)
+    inputs = np.random.default_rng(1).standard_t(3, (64, 4, 6, 6)).astype(np.float32)
+    quantizer = make_quantizer(load_float_model(path), inputs)
+    feeds = [{"input": inputs[i : i + 1]} for i in range(16)]
+    config = QuantizationConfig(clipping="percentile_99.9", granularity="channel")
+    config = replace(config, calibration_images=1)
+    found = NoiseModel(quantizer, probe(quantizer, feeds)).predict(config)
+    assert mostly_cut_off(found)
+    reference = run(quantizer.model.proto, inputs)
+    outputs = run(quantizer.quantize(config).proto, inputs)
+    measured = np.square(outputs - reference).sum() / np.square(reference).sum()
+    assert found.linear > 2.0 * measured
+    assert found.total == pytest.approx(measured, rel=0.4)
 
 
 def test_what_is_cut_off_of_one_input_alone_confuses_less_than_its_power(
