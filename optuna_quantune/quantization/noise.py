@@ -266,11 +266,12 @@ class NoiseModel:
     def _simulated(self, config: QuantizationConfig) -> Saturation:
         expected = self._sum(config, self._quantizer.float_layers(config))
         cut_off = sum(expected.clipping.values())
-        if not self._closely and cut_off < _MOSTLY * expected.linear:
-            config = replace(
-                config, calibration_images=ALL_IMAGES, clipping="max", mixed_precision="none"
-            )
-            expected = self._sum(config, self._quantizer.float_layers(config))
+        typical = replace(
+            config, calibration_images=ALL_IMAGES, clipping="max", mixed_precision="none"
+        )
+        simple = not self._closely and cut_off < _MOSTLY * expected.linear
+        if simple and config != typical:
+            return self._saturation(typical)
         if expected.linear <= ADDITIVE:
             return Saturation()
         joint = self._probe.joint
