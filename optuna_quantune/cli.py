@@ -148,7 +148,7 @@ def tune_command(
         evaluation=read_evaluation(evaluate, evaluation, data, preprocessing, labels),
         metric=import_function(metric, "--metric") if metric and ":" in metric else metric,
         evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
-        source_studies=read_sources(source_studies, storage),
+        source_studies=read_sources(source_studies, storage, options["study_name"]),
         storage=storage,
         output=output or _beside(model),
         **options,
@@ -230,7 +230,7 @@ def worker_command(
             evaluation=read_evaluation(evaluate, evaluation, data, preprocessing, labels),
             metric=None if metric is None else import_function(metric, "--metric"),
             evaluate=None if evaluate is None else import_function(evaluate, "--evaluate"),
-            source_studies=read_sources(source_studies, storage),
+            source_studies=read_sources(source_studies, storage, options["study_name"]),
             storage=storage,
             providers=[read_provider(text) for text in providers] or None,
             progress=progress,
@@ -266,6 +266,7 @@ def demo_command(output: str, **options: Any) -> None:
     What the package knows of that very model, and of others of its family, is left out.
     """
     data = load_demo()
+    others = records.source_studies(without=data.family)
     recipe = Preprocessing.from_mapping(data.preprocessing)
     _tune(
         str(data.model_path),
@@ -273,7 +274,7 @@ def demo_command(output: str, **options: Any) -> None:
         evaluation=ArrayInputs(
             data.evaluation, labels=data.evaluation_labels, preprocessing=recipe
         ),
-        source_studies=records.source_studies(without=data.family),
+        source_studies=others if options["sampler"] == "quantune" else (),
         output=output,
         **options,
     )

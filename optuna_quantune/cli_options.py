@@ -254,12 +254,15 @@ def read_inputs(
     return as_input_source(inputs)
 
 
-def read_sources(text: str, storage: str | None) -> list[Source]:
+def read_sources(text: str, storage: str | None, study_name: str | None) -> list[Source]:
     """The earlier studies that `--source-studies` names."""
     found: list[Source] = []
-    for name in text.split(",") if text != "none" else ():
+    names = [name.strip() for name in text.split(",")] if text != "none" else []
+    for name in names:
         if name == RECORDS:
             found.append(name)
+        elif name == study_name:
+            raise InputError(f"--source-studies {name!r}: is the study itself; name another")
         elif storage is None:
             raise InputError(f"--source-studies {name!r}: needs the --storage that it is in")
         else:

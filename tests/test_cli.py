@@ -252,6 +252,11 @@ def storage_with(study: str):  # type: ignore[no-untyped-def]
         (None, ("--storage", "no/such/folder/x.log"), "no/such/folder/x.log"),
         (None, ("--no-such-option",), "--no-such-option"),
         (None, ("--source-studies", "records,earlier"), "'earlier': needs the --storage"),
+        (
+            None,
+            ("--source-studies", "x", "--storage", "s.log", "--study-name", "x"),
+            "is the study",
+        ),
         (storage_with("other"), ("--source-studies", "earlier", "--storage", "s.log"), "'other'"),
     ],
 )
@@ -298,10 +303,15 @@ def test_the_demo_leaves_out_what_is_known_of_its_family(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("optuna_quantune.cli.tune", stop)
-    with pytest.raises(SystemExit):
-        main(["demo"])
     known = {study.name for study in records.source_studies()}
-    assert set(given) == known - {"demo", "mobilenetv2_1.0"}
+    for sampler, wanted in (
+        ("quantune", known - {"demo", "mobilenetv2_1.0"}),
+        ("TPESampler", set()),
+    ):
+        given.clear()
+        with pytest.raises(SystemExit):
+            main(["demo", "--sampler", sampler])
+        assert set(given) == wanted
 
 
 def test_a_folder_in_place_of_a_model_is_named(
