@@ -59,13 +59,11 @@ def names(data: Path, wanted: Sequence[str] | None = None, *, demo: bool = False
     Raises:
         SystemExit: If there is no such model, or no such folder.
     """
-    entries = _entries(data)
-    known = ([DEMO] if demo else []) + sorted(
-        entries, key=lambda name: _path(name, data).stat().st_size
-    )
+    models = sorted(_entries(data), key=lambda name: model_path(name, data).stat().st_size)
+    known = [DEMO, *models] if demo else models
     for name in wanted or ():
         if name not in known:
-            raise SystemExit(f"model {name!r}: not in {data}; there are {', '.join(known)}")
+            raise _unknown(name, data, known)
     return known if wanted is None else list(wanted)
 
 
@@ -94,7 +92,7 @@ def sources(name: str, data: Path) -> tuple[Path, InputSource, InputSource]:
             ArrayInputs(demo.calibration, preprocessing=recipe),
             ArrayInputs(demo.evaluation, labels=demo.evaluation_labels, preprocessing=recipe),
         )
-    path = _path(name, data)
+    path = model_path(name, data)
     if _is_cifar10(name, data):
         return (
             path,
@@ -131,9 +129,9 @@ def preprocessing(name: str, data: Path, images: str) -> dict[str, Any]:
     return {**entry["preprocessing"], **overriding}
 
 
-def model_file(name: str, data: Path) -> str:
-    """The model's file below `models/`."""
-    return str(_entry(name, data)["file"])
+def model_path(name: str, data: Path) -> Path:
+    """The model's file."""
+    return data / "models" / str(_entry(name, data)["file"])
 
 
 @functools.cache
@@ -146,13 +144,15 @@ def _entries(data: Path) -> dict[str, Any]:
 
 
 def _entry(name: str, data: Path) -> dict[str, Any]:
-    names(data, [name])
-    entry: dict[str, Any] = _entries(data)[name]
+    entries = _entries(data)
+    if name not in entries:
+        raise _unknown(name, data, names(data))
+    entry: dict[str, Any] = entries[name]
     return entry
 
 
-def _path(name: str, data: Path) -> Path:
-    return data / "models" / str(_entries(data)[name]["file"])
+def _unknown(name: str, data: Path, known: Sequence[str]) -> SystemExit:
+    return SystemExit(f"model {name!r}: not in {data}; there are {', '.join(known)}")
 
 
 def _is_cifar10(name: str, data: Path) -> bool:

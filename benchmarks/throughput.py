@@ -82,7 +82,7 @@ class Bench:
         self._recipe = Preprocessing.from_mapping(recipe)
         self._folder = data / "imagenet-val"
         self._images = images
-        self._model = data / "models" / catalogue.model_file(name, data)
+        self._model = catalogue.model_path(name, data)
         self._session = make_session(self._model)
         self._specs = input_specs(self._session)
         self._pixels = sum(

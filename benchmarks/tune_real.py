@@ -53,7 +53,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
         for link in ("models", "imagenet-val", "imagenet-calibration"):
             (work / link).symlink_to(data / link)
         command = [
-            *("optuna-quantune", "tune", f"models/{catalogue.model_file(name, data)}"),
+            *("optuna-quantune", "tune", str(catalogue.model_path(name, data).relative_to(data))),
             *("--calibration", "imagenet-calibration", "--evaluation", "imagenet-val"),
             *("--preprocessing", "preprocessing.json", "--n-trials", str(arguments.n_trials)),
             *(

@@ -28,7 +28,7 @@ Source: TypeAlias = optuna.Study | SourceStudy | str
 
 
 def make_sampler(
-    name: str,
+    sampler: BaseSampler | str,
     objective: QuantizationObjective,
     *,
     seed: int,
@@ -37,9 +37,9 @@ def make_sampler(
     """A sampler for an objective's search space.
 
     Args:
-        name: ``quantune``, the name of a class in `optuna.samplers`, or ``module:factory`` with
+        sampler: ``quantune``, the name of a class in `optuna.samplers`, or ``module:factory`` with
             the signature ``factory(search_space, *, seed)``. A module is looked for in the
-            current folder, too.
+            current folder, too. A sampler is taken as it is.
         objective: What the sampler will be used with.
         seed: Seed of the sampler.
         source_studies: Earlier studies that ``quantune`` learns from; ``records`` stands for those
@@ -47,19 +47,28 @@ def make_sampler(
             objective is a metric that they have.
 
     Raises:
-        InputError: If there is no such sampler, it cannot be made, or it learns from nothing.
+        InputError: If there is no such sampler, it cannot be made, or it learns from no studies
+            and there are more than the records.
     """
     space = objective.space
-    if name == "quantune":
+    if sampler == "quantune":
         return QuantuneSampler(
             space,
             features=objective.features,
             source_studies=_studies(source_studies, objective),
             seed=seed,
         )
-    check_learns(name, source_studies)
-    if ":" in name:
-        return _sampler_of_factory(name, space, seed)
+    if any(source != RECORDS for source in source_studies):
+        name = sampler if isinstance(sampler, str) else type(sampler).__name__
+        raise InputError(f"source_studies: the sampler 'quantune' learns from them, not {name!r}")
+    if isinstance(sampler, BaseSampler):
+        return sampler
+    if ":" in sampler:
+        return _sampler_of_factory(sampler, space, seed)
+    return _sampler_of_optuna(sampler, space, seed)
+
+
+def _sampler_of_optuna(name: str, space: SearchSpace, seed: int) -> BaseSampler:
     known = [
         item
         for item in optuna.samplers.__all__
@@ -78,17 +87,6 @@ def make_sampler(
     sampler = constructor(**arguments)
     assert isinstance(sampler, BaseSampler)
     return sampler
-
-
-def check_learns(sampler: str | BaseSampler, source_studies: Sequence[Source]) -> None:
-    """Refuses earlier studies for a sampler that would not look at them.
-
-    Raises:
-        InputError: If the sampler is not ``quantune`` and there is more than the records.
-    """
-    if sampler != "quantune" and any(source != RECORDS for source in source_studies):
-        name = sampler if isinstance(sampler, str) else type(sampler).__name__
-        raise InputError(f"source_studies: the sampler 'quantune' learns from them, not {name!r}")
 
 
 def _studies(

@@ -19,7 +19,6 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_quantune.chosen_sampler import check_learns
 from optuna_quantune.chosen_sampler import make_sampler
 from optuna_quantune.chosen_sampler import RECORDS
 from optuna_quantune.chosen_sampler import Source
@@ -251,7 +250,6 @@ def tune(
         raise InputError(f"seed: {seed} is not between 0 and {2**32 - 1}")
     if prefer not in (None, *get_args(Preference)):
         raise InputError(f"prefer {prefer!r}: use 'latency', 'size' or 'accuracy'")
-    check_learns(sampler, source_studies)
     if output is not None:
         check_writable(output, model)
     plan = SearchPlan(
@@ -286,9 +284,7 @@ def tune(
     study = create_study(
         storage,
         study_name or (None if storage is None else name_of_study(objective)),
-        make_sampler(sampler, objective, seed=seed, source_studies=source_studies)
-        if isinstance(sampler, str)
-        else sampler,
+        make_sampler(sampler, objective, seed=seed, source_studies=source_studies),
         pruner or default_pruner(objective),
         objective.directions,
     )

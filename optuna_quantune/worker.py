@@ -13,7 +13,6 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from optuna_quantune.chosen_sampler import check_learns
 from optuna_quantune.chosen_sampler import make_sampler
 from optuna_quantune.chosen_sampler import RECORDS
 from optuna_quantune.chosen_sampler import Source
@@ -117,12 +116,7 @@ def work(
         raise InputError(
             f"study {study.study_name!r}: was begun with a sampler of your own; give it as sampler"
         )
-    check_learns(chosen, source_studies)
-    study.sampler = (
-        make_sampler(chosen, objective, seed=plan.seed, source_studies=source_studies)
-        if isinstance(chosen, str)
-        else chosen
-    )
+    study.sampler = make_sampler(chosen, objective, seed=plan.seed, source_studies=source_studies)
     # Processes that begin together would otherwise propose the same.
     study.sampler.reseed_rng()
     study.pruner = pruner or default_pruner(objective)
