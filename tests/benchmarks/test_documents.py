@@ -144,3 +144,17 @@ def test_what_the_wall_clock_says_without_vnni_is_that_of_the_results() -> None:
         f"The rule of thumb loses {-rule['held_out_points'].mean():.2f} and "
         f"{-rule['held_out_points'].min():.1f}"
     ) in text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"),
+        *("benchmarks/peers/README.md", "docs/guide.md", "docs/lint.md", "docs/report.md"),
+    ],
+)
+def test_links_lead_to_files(path: str) -> None:
+    folder = (ROOT / path).parent
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]*)\)", document(path))]
+    inside = [target for target in targets if target and not target.startswith("https://")]
+    assert [target for target in inside if not (folder / target).exists()] == []
