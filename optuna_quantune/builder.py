@@ -6,12 +6,14 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
 
 from optuna_quantune.evaluation.dataset import InputSource
@@ -23,6 +25,8 @@ from optuna_quantune.quantization.calibration import NotFiniteError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.equalization import equalize
 from optuna_quantune.quantization.fusion import separate
+from optuna_quantune.quantization.layer_inputs import input_moments
+from optuna_quantune.quantization.layer_inputs import Moments
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
@@ -165,17 +169,28 @@ class Builder:
         """The number of values of each constant."""
         return {t.name: math.prod(t.dims) for t in self._model.proto.graph.initializer}
 
+    @cached_property
+    def _prepared(self) -> FloatModel:
+        return self._model if self._takes_batches() else self._model.one_at_a_time()
+
+    @cached_property
+    def _moments(self) -> dict[str, Moments]:
+        """Of the model without equalization; the other's follow from them."""
+        return input_moments(self._prepared, self._calibration)
+
     def _make_quantizer(self, *, equalized: bool) -> Quantizer:
-        model = self._model if self._takes_batches() else self._model.one_at_a_time()
+        model = self._prepared
+        factors: Mapping[str, NDArray[np.float64]] = {}
         if equalized:
-            model = equalize(model, self._calibration)
+            other = equalize(model, self._calibration)
+            model, factors = other.model, other.read
         placement, statistics = self._calibrated(model)
         return Quantizer(
             model,
             statistics,
             representation=self._target.representation,
             bias_correction=BiasCorrection(model, self._calibration),
-            weight_rounding=WeightRounding(model, self._calibration),
+            weight_rounding=WeightRounding(lambda: self._moments, factors),
             equalized=equalized,
             placement=placement,
         )

@@ -67,7 +67,22 @@ _FIXED: Final = 0
 Channels = NDArray[np.int64]
 
 
-def equalize(model: FloatModel, inputs: CalibrationInputs) -> FloatModel:
+@dataclass(frozen=True)
+class Equalized:
+    """A model with equalized channels.
+
+    Attributes:
+        model: A float model with the same nodes; the weights and biases of its layers are
+            rescaled, and its activations have other ranges than those of the model before.
+        read: What each input channel of a layer is multiplied by, shape (channels,), by the name
+            of the weight; 1 for weights that are not here.
+    """
+
+    model: FloatModel
+    read: Mapping[str, NDArray[np.float64]]
+
+
+def equalize(model: FloatModel, inputs: CalibrationInputs) -> Equalized:
     """The model with equalized channels.
 
     The outputs are those of `model` up to the rounding of float32. (Factors rounded to powers of
@@ -77,14 +92,11 @@ def equalize(model: FloatModel, inputs: CalibrationInputs) -> FloatModel:
         model: The prepared float model.
         inputs: The calibration inputs, bound to the model's input names; the first
             `EQUALIZATION_INPUTS` are used.
-
-    Returns:
-        A float model with the same nodes; the weights and biases of its layers are rescaled, and
-        its activations have other ranges than those of `model`.
     """
     links = link_channels(model)
     factors = _factors(model, links, _reach(model, links, inputs))
     scaled: dict[str, NDArray[np.float32]] = {}
+    read_by: dict[str, NDArray[np.float64]] = {}
     for layer in model.layers:
         if layer.name not in links.written:
             continue
@@ -94,6 +106,7 @@ def equalize(model: FloatModel, inputs: CalibrationInputs) -> FloatModel:
         parts = layer.by_group(weight) * written.reshape(groups, -1, 1, 1)
         parts = parts.astype(np.float32) / read.reshape(groups, 1, -1, 1)
         scaled[layer.weight] = layer.from_groups(parts.astype(np.float32), weight.shape)
+        read_by[layer.weight] = read
         if layer.bias is not None:
             bias = model.weights[layer.bias]
             scaled[layer.bias] = (bias * written.reshape(bias.shape)).astype(np.float32)
@@ -101,12 +114,13 @@ def equalize(model: FloatModel, inputs: CalibrationInputs) -> FloatModel:
     for tensor in proto.graph.initializer:
         if tensor.name in scaled:
             tensor.CopyFrom(numpy_helper.from_array(scaled[tensor.name], tensor.name))
-    return dataclasses.replace(
+    rescaled = dataclasses.replace(
         model,
         proto=proto,
         fingerprint=hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest(),
         weights={**model.weights, **scaled},
     )
+    return Equalized(rescaled, read_by)
 
 
 @dataclass(frozen=True)

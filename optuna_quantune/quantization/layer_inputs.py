@@ -34,6 +34,8 @@ _WINDOWS: Final = 256
 LONGEST_VECTOR: Final = 2304
 _MATRIX_OPS: Final = ("Gemm", "MatMul")
 
+_Places = tuple[NDArray[np.int64], NDArray[np.bool_]]
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -58,6 +60,25 @@ class Moments:
         power: NDArray[np.float32] = self.covariance + means @ means.swapaxes(1, 2)
         return power
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no value has a square that is beyond float32."""
+        return bool(np.isfinite(self.power()).all())
+
+    def scaled(self, factors: NDArray[np.float64]) -> Moments:
+        """What they are where the input channels are multiplied by factors.
+
+        Args:
+            factors: Of each input channel, shape (groups * channels of a group,).
+        """
+        groups, values = self.mean.shape[1:]
+        taps = groups * values // len(factors)
+        by = factors.astype(np.float32).repeat(taps).reshape(groups, values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            covariance = self.covariance * by[:, :, None]
+            covariance *= by[:, None, :]
+            return Moments(covariance, self.mean * by, self.share, self.number)
+
 
 def input_moments(
     model: FloatModel, inputs: CalibrationInputs, *, windows: int = _WINDOWS
@@ -80,6 +101,7 @@ def input_moments(
     names = [n for n in dict.fromkeys(layer.input for layer in layers) if n not in given]
     session = make_session(with_outputs(model.proto, names))
     sums = {layer.name: _Sums() for layer in layers}
+    places: dict[tuple[str, tuple[int, ...]], _Places] = {}
     rng = np.random.default_rng(0)
     number = min(MOMENT_INPUTS, len(inputs))
     # One at a time: all that the layers read is held in memory together.
@@ -88,14 +110,20 @@ def input_moments(
         if names:  # ONNX Runtime takes an empty list for all outputs
             found |= dict(zip(names, session.run(names, feed), strict=True))
         for layer in layers:
-            vectors = _vectors(
-                layer, nodes[layer.name], found[layer.input], model.weights, windows, rng
-            )
+            values = found[layer.input]
+            if layer.op_type in _MATRIX_OPS:
+                vectors = _rows(values, windows, rng)
+            else:
+                kernel, sizes = model.weights[layer.weight].shape[2:], values.shape[2:]
+                key = layer.name, sizes
+                if key not in places:
+                    places[key] = _places(nodes[layer.name], kernel, sizes)
+                vectors = _windows(values, layer.groups, places[key], windows, rng)
             with np.errstate(over="ignore", invalid="ignore"):
                 sums[layer.name].add(vectors)
     with np.errstate(over="ignore", invalid="ignore"):
         moments = dict(_by_weight(layers, sums))
-        return {name: m for name, m in moments.items() if np.isfinite(m.power()).all()}
+        return {name: m for name, m in moments.items() if m.is_finite}
 
 
 class _Sums:
@@ -114,7 +142,9 @@ class _Sums:
             self._origin = vectors.mean(axis=1)
         off = vectors - self._origin[:, None]
         self.number += off.shape[1]
-        self._power = self._power + off.swapaxes(1, 2) @ off
+        power = off.swapaxes(1, 2) @ off
+        power += self._power
+        self._power = power
         self._total = self._total + off.sum(axis=1)
 
     def mean(self) -> NDArray[np.float32]:
@@ -155,33 +185,34 @@ def _is_matrix(layer: Layer, node: onnx.NodeProto, model: FloatModel) -> bool:
     return layer.op_type == "Conv" and weight[0].size <= LONGEST_VECTOR
 
 
-def _vectors(
-    layer: Layer,
-    node: onnx.NodeProto,
+def _rows(
+    values: NDArray[np.float32], windows: int, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """What a matrix is multiplied with, shape (1, vectors, values)."""
+    rows = values.reshape(-1, values.shape[-1])
+    most = windows * len(values)
+    return rows[None] if len(rows) <= most else rows[None, _some(rng, len(rows), most)]
+
+
+def _windows(
     values: NDArray[np.float32],
-    weights: Mapping[str, NDArray[np.float32]],
+    groups: int,
+    places: _Places,
     windows: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float32]:
-    """What a layer multiplies with its weight, shape (groups, vectors, values)."""
-    if layer.op_type in _MATRIX_OPS:
-        rows = values.reshape(-1, values.shape[-1])
-        most = windows * len(values)
-        return rows[None] if len(rows) <= most else rows[None, _some(rng, len(rows), most)]
-    kernel = weights[layer.weight].shape[2:]
-    places, inside = _places(node, kernel, values.shape[2:])
-    chosen = _some(rng, len(places), windows)
+    """What a convolution multiplies with its weight, shape (groups, vectors, values)."""
+    flat, inside = places
+    chosen = _some(rng, len(flat), windows)
     batch, channels = values.shape[:2]
-    found = values.reshape(batch, channels, -1).take(places[chosen], axis=2)
+    found = values.reshape(batch, channels, -1).take(flat[chosen], axis=2)
     if not inside.all():
         found *= inside[chosen]
-    grouped = found.reshape(batch, layer.groups, channels // layer.groups, *found.shape[2:])
-    return grouped.transpose(1, 0, 3, 2, 4).reshape(layer.groups, batch * len(chosen), -1)
+    grouped = found.reshape(batch, groups, channels // groups, *found.shape[2:])
+    return grouped.transpose(1, 0, 3, 2, 4).reshape(groups, batch * len(chosen), -1)
 
 
-def _places(
-    node: onnx.NodeProto, kernel: Sequence[int], sizes: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _places(node: onnx.NodeProto, kernel: Sequence[int], sizes: Sequence[int]) -> _Places:
     """Where a convolution takes the values of its windows, and which of them are no padding.
 
     Returns:

@@ -144,6 +144,7 @@ class Quantizer:
         self._placements: dict[tuple[tuple[str, ...], Fusion], Placement] = {}
         self._given_placement = placement
         self._ranges: dict[tuple[str, int, str, str], tuple[float, float]] = {}
+        self._constant_extremes: dict[tuple[str, int | None, bool], Range] = {}
         self._weight_ranges: dict[tuple[str, int | None, Scheme], Range] = {}
         self._least_scales: dict[tuple[str, bool], NDArray[np.float64]] = {}
 
@@ -308,7 +309,7 @@ class Quantizer:
         self, site: ConstantSite, parameters: QuantizationParameters, config: QuantizationConfig
     ) -> NDArray[np.int32]:
         """A constant as integers."""
-        values = self._values(site, config)
+        values = self._values(site.tensor, live=config.zero_dead_weights)
         layer = self._layers.get(site.tensor)
         if layer is not None and config.weight_rounding == "compensated":
             about_mean = layer.has_corrected_bias(config)
@@ -385,23 +386,32 @@ class Quantizer:
         if symmetric or axis is not None:
             scheme = "symmetric_power2" if scheme == "symmetric_power2" else "symmetric"
         if site.kind == "other":
-            low, high = _extremes(self._constants[site.tensor], axis)
+            low, high = self._extremes(site.tensor, axis, live=False)
             return choose_parameters(low, high, scheme, bits=config.activation_bits)
         integers = self._integers_of(site, config, axis, scheme)
         if config.weight_clipping == "mse":
             low, high = self._least_error_range(site.tensor, axis, scheme, integers)
         else:
-            low, high = _extremes(self._values(site, config), axis)
+            low, high = self._extremes(site.tensor, axis, live=config.zero_dead_weights)
         parameters = choose_parameters(
             low, high, scheme, bits=integers.bits, narrow=self.representation.narrow_weights
         )
         return refine_empty(widen(parameters, integers.least_scale, scheme), low, high)
 
-    def _values(self, site: ConstantSite, config: QuantizationConfig) -> NDArray[Any]:
-        """The float values that a constant's integers stand for."""
-        if config.zero_dead_weights and site.tensor in self._live_weights:
-            return self._live_weights[site.tensor]
-        return self._constants[site.tensor]
+    def _values(self, constant: str, *, live: bool) -> NDArray[Any]:
+        """A constant; if `live`, with 0 for weights that are multiplied with nothing but zeros."""
+        if live and constant in self._live_weights:
+            return self._live_weights[constant]
+        return self._constants[constant]
+
+    def _extremes(self, constant: str, axis: int | None, *, live: bool) -> Range:
+        """The least and the largest of `_values`, of all or along an axis."""
+        key = constant, axis, live
+        if key not in self._constant_extremes:
+            values = self._values(constant, live=live)
+            others = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
+            self._constant_extremes[key] = values.min(axis=others), values.max(axis=others)
+        return self._constant_extremes[key]
 
     def _channel_axis(self, site: ConstantSite, config: QuantizationConfig) -> int | None:
         """The axis along which a constant has one scale for each channel, if it has."""
@@ -434,12 +444,13 @@ class Quantizer:
             return WeightIntegers()
         # Weights that count for nothing are cut off where the range is that of the others.
         live = config.zero_dead_weights or config.weight_clipping == "mse"
-        values = (self._live_weights if live else self._constants)[site.tensor]
-        if scheme == "asymmetric" or (scheme == "symmetric_uint8" and values.min() >= 0.0):
+        lowest, _ = self._extremes(site.tensor, None, live=live)
+        if scheme == "asymmetric" or (scheme == "symmetric_uint8" and lowest >= 0.0):
             # With a zero point of its own any weight can have the largest integer.
             return WeightIntegers(bits=7)
         key = site.tensor, live
         if key not in self._least_scales:
+            values = self._values(site.tensor, live=live)
             self._least_scales[key] = least_scales(self._in_order(site, values))
         found = self._least_scales[key]
         return WeightIntegers(least_scale=found.max(initial=0.0) if axis is None else found)
@@ -515,11 +526,6 @@ class Quantizer:
     @cached_property
     def _constants(self) -> dict[str, NDArray[Any]]:
         return constant_values(self.model.proto.graph)
-
-
-def _extremes(values: NDArray[Any], axis: int | None) -> Range:
-    others = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
-    return values.min(axis=others), values.max(axis=others)
 
 
 def required_activations(*placements: Placement) -> list[str]:

@@ -19,17 +19,16 @@ mean of the layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_quantune.quantization.calibration import CalibrationInputs
-from optuna_quantune.quantization.layer_inputs import input_moments
 from optuna_quantune.quantization.layer_inputs import Moments
-from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.scheme import QuantizationParameters
 
@@ -43,17 +42,20 @@ _BLOCK: Final = 64
 class WeightRounding:
     """Rounds the weights of one float model against their errors.
 
-    The pass over the inputs happens on first use.
-
     Args:
-        model: The prepared float model.
-        inputs: The calibration inputs, bound to the model's input names; the first
-            `layer_inputs.MOMENT_INPUTS` are used.
+        moments: Gives the moments of what the layers read, by weight (`layer_inputs`); called on
+            first use.
+        factors: By weight, what each input channel of its layer is multiplied by beforehand in
+            this model and was not where the moments come from (`equalization.Equalized`).
     """
 
-    def __init__(self, model: FloatModel, inputs: CalibrationInputs) -> None:
-        self._model = model
-        self._inputs = inputs
+    def __init__(
+        self,
+        moments: Callable[[], Mapping[str, Moments]],
+        factors: Mapping[str, NDArray[np.float64]] = MappingProxyType({}),
+    ) -> None:
+        self._moments = moments
+        self._factors = factors
         self._shares: dict[tuple[str, bool], float] = {}
         self._corrections: dict[tuple[str, bool], _Correction] = {}
 
@@ -79,11 +81,12 @@ class WeightRounding:
             (`layer_inputs.input_moments`).
         """
         axis = layer.channel_axis if parameters.scale.ndim else None
-        if layer.weight not in self._moments:
-            return parameters.quantize(weight, axis)
         key = layer.weight, about_mean
         if key not in self._corrections:
-            self._corrections[key] = _Correction.of(self._moments[layer.weight], about_mean)
+            moments = self._moments_of(layer)
+            if moments is None:
+                return parameters.quantize(weight, axis)
+            self._corrections[key] = _Correction.of(moments, about_mean)
         rows = layer.by_group(weight)
         groups, outputs = rows.shape[:2]
         scale = np.broadcast_to(parameters.scale, groups * outputs).reshape(groups, outputs)
@@ -100,13 +103,16 @@ class WeightRounding:
         """Which share of the power of nearest rounding's error in the output is to be expected."""
         key = layer.weight, about_mean
         if key not in self._shares:
-            found = self._moments.get(layer.weight)
-            self._shares[key] = 1.0 if found is None else _share_left(found, about_mean)
+            moments = self._moments_of(layer)
+            self._shares[key] = 1.0 if moments is None else _share_left(moments, about_mean)
         return self._shares[key]
 
-    @cached_property
-    def _moments(self) -> dict[str, Moments]:
-        return input_moments(self._model, self._inputs)
+    def _moments_of(self, layer: Layer) -> Moments | None:
+        moments = self._moments().get(layer.weight)
+        if moments is None or layer.weight not in self._factors:
+            return moments
+        scaled = moments.scaled(self._factors[layer.weight])
+        return scaled if scaled.is_finite else None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.quantization.bias_correction import BiasCorrection
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.calibration import CalibrationStatistics
+from optuna_quantune.quantization.layer_inputs import input_moments
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
@@ -93,7 +94,7 @@ def _make_quantizer(model: FloatModel, inputs: NDArray[np.float32]) -> Quantizer
         model,
         statistics_of(model, inputs),
         bias_correction=BiasCorrection(model, source),
-        weight_rounding=WeightRounding(model, source),
+        weight_rounding=WeightRounding(lambda: input_moments(model, source)),
     )
 
 

@@ -18,6 +18,7 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.equalization import EQUALIZATION_INPUTS
 from optuna_quantune.quantization.equalization import equalize
 from optuna_quantune.quantization.equalization import link_channels
+from optuna_quantune.quantization.layer_inputs import input_moments
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.quantizer import Quantizer
@@ -116,7 +117,7 @@ def test_channels_are_followed_through_the_graph(everything: FloatModel) -> None
 def test_the_float_function_stays_as_it_is_to_rounding(
     everything: FloatModel, images: NDArray[np.float32], run: Run
 ) -> None:
-    equalized = equalize(everything, ArrayInputs({"input": images}))
+    equalized = equalize(everything, ArrayInputs({"input": images})).model
     others = 3.0 * np.random.default_rng(4).standard_normal((64, 3, 8, 8)).astype(np.float32)
     expected, found = run(everything.proto, others), run(equalized.proto, others)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -125,6 +126,21 @@ def test_the_float_function_stays_as_it_is_to_rounding(
         stored = {i.name: numpy_helper.to_array(i) for i in equalized.proto.graph.initializer}
         assert not np.allclose(stored[layer.weight], everything.weights[layer.weight], rtol=0.01)
         np.testing.assert_array_equal(stored[layer.weight], equalized.weights[layer.weight])
+
+
+def test_moments_of_the_layers_inputs_follow_from_those_before(
+    everything: FloatModel, images: NDArray[np.float32]
+) -> None:
+    source = ArrayInputs({"input": images})
+    equalized = equalize(everything, source)
+    before, after = input_moments(everything, source), input_moments(equalized.model, source)
+    assert set(equalized.read) == set(before)
+    for weight, factors in equalized.read.items():
+        found, expected = before[weight].scaled(factors), after[weight]
+        for one, other in ((found.power(), expected.power()), (found.mean, expected.mean)):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+        assert (found.number, found.share) == (expected.number, expected.share)
+        assert np.allclose(factors, 1.0) == (weight == "stem.weight")
 
 
 def maxima(model: FloatModel, tensor: str, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -140,10 +156,8 @@ def maxima(model: FloatModel, tensor: str, inputs: NDArray[np.float32]) -> NDArr
 def test_channels_reach_more_alike_and_no_further(
     everything: FloatModel, images: NDArray[np.float32]
 ) -> None:
-    equalized, used = (
-        equalize(everything, ArrayInputs({"input": images})),
-        images[:EQUALIZATION_INPUTS],
-    )
+    equalized = equalize(everything, ArrayInputs({"input": images})).model
+    used = images[:EQUALIZATION_INPUTS]
     for tensor in ("grouped.relu", "depthwise", "side"):
         before, after = maxima(everything, tensor, used), maxima(equalized, tensor, used)
         alive = before > 0.0
@@ -158,7 +172,7 @@ def test_factors_are_the_root_of_weights_over_activations(
     b = Builder(tmp_path)
     b.conv("second", b.add("Relu", [b.conv("first", "input", (8, 3, 3, 3))], "relu"), (4, 8, 1, 1))
     model = b.load("second", ["n", 4, 8, 8])
-    equalized = equalize(model, ArrayInputs({"input": images}))
+    equalized = equalize(model, ArrayInputs({"input": images})).model
     reach = maxima(model, "relu", images[:EQUALIZATION_INPUTS])
     weight = np.abs(model.weights["second.weight"][:, :, 0, 0])
     expected = np.sqrt((weight / weight.max(axis=1, keepdims=True)).max(axis=0) / reach)
@@ -175,7 +189,7 @@ def test_factors_are_the_root_of_weights_over_activations(
 def test_channels_of_a_clip_keep_their_size(
     float_model: FloatModel, toy_inputs: NDArray[np.float32], run: Run
 ) -> None:
-    equalized = equalize(float_model, ArrayInputs({"input": toy_inputs}))
+    equalized = equalize(float_model, ArrayInputs({"input": toy_inputs})).model
     # depthwise is read through Clip(0, 6) by project; stem and project are joined by an addition.
     links = link_channels(float_model)
     assert np.all(links.written["depthwise"] == 0)
@@ -221,7 +235,7 @@ def test_what_does_not_pass_factors_on_leaves_its_channels_alone(
         b.conv("unused", first, (2, 3, 1, 1))
     second = first if barrier == "output" else b.conv("second", first, (5, 3, 1, 1))
     model = b.load(second, ["n", 3 if barrier == "output" else 5, 8, 8])
-    equalized = equalize(model, ArrayInputs({"input": images}))
+    equalized = equalize(model, ArrayInputs({"input": images})).model
     for name, values in model.weights.items():
         np.testing.assert_array_equal(equalized.weights[name], values)
     np.testing.assert_array_equal(run(equalized.proto, images), run(model.proto, images))
@@ -237,7 +251,7 @@ def test_a_channel_that_is_always_zero_is_left_alone(
     values["second.weight"][:, 2] = 1e4
     b.tensors = [numpy_helper.from_array(v, n) for n, v in values.items()]
     model = b.load("second", ["n", 4, 8, 8])
-    equalized = equalize(model, ArrayInputs({"input": images}))
+    equalized = equalize(model, ArrayInputs({"input": images})).model
     assert maxima(model, "relu", images)[2] == 0.0
     assert equalized.weights["first.bias"][2] == model.weights["first.bias"][2]
     np.testing.assert_array_equal(
@@ -255,7 +269,9 @@ def test_quantization_after_it_is_less_noisy(
     reference = run(everything.proto, others)
 
     def noise(*, equalized: bool) -> float:
-        model = equalize(everything, ArrayInputs({"input": images})) if equalized else everything
+        model = (
+            equalize(everything, ArrayInputs({"input": images})).model if equalized else everything
+        )
         quantizer = make_quantizer(model, images)
         quantizer.equalized = equalized
         built = quantizer.quantize(QuantizationConfig(equalization=equalized))

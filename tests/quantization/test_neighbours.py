@@ -21,6 +21,7 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.config import WeightClipping
 from optuna_quantune.quantization.config import WeightRounding
+from optuna_quantune.quantization.layer_inputs import input_moments
 from optuna_quantune.quantization.lint import lint_quantized
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.neighbours import fit
@@ -190,11 +191,12 @@ def test_no_pair_of_a_built_model_leaves_int16(
     weight_clipping: str,
     weight_rounding: str,
 ) -> None:
+    source = ArrayInputs({"input": toy_inputs})
     quantizer = Quantizer(
         float_model,
         toy_statistics,
         representation=IN_PAIRS,
-        weight_rounding=Rounding(float_model, ArrayInputs({"input": toy_inputs})),
+        weight_rounding=Rounding(lambda: input_moments(float_model, source)),
     )
     config = QuantizationConfig.from_dict(
         {

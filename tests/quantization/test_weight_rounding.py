@@ -16,6 +16,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.layer_inputs import input_moments
 from optuna_quantune.quantization.layer_inputs import MOMENT_INPUTS
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
@@ -50,6 +51,10 @@ def matrix(folder: Path, weight: NDArray[np.float32]) -> FloatModel:
     return load_float_model(folder / "matrix.onnx")
 
 
+def rounding(model: FloatModel, inputs: NDArray[np.float32]) -> WeightRounding:
+    return WeightRounding(lambda: input_moments(model, ArrayInputs({"input": inputs})))
+
+
 def rounded(
     model: FloatModel,
     inputs: NDArray[np.float32],
@@ -60,7 +65,7 @@ def rounded(
     (layer,) = model.layers
     parameters = choose_parameters(-127 * np.asarray(scale), 127 * np.asarray(scale), "symmetric")
     return (
-        WeightRounding(model, ArrayInputs({"input": inputs}))
+        rounding(model, inputs)
         .integers(layer, model.weights["w"], parameters, about_mean=about_mean)
         .T
     )
@@ -122,9 +127,7 @@ def test_other_inputs_meet_no_larger_error_than_was_expected(
         return float(np.square(found - found.mean(axis=(0, 1)) * about_mean).mean())
 
     share = power(steps * column) / power(nearest)
-    expected = WeightRounding(model, ArrayInputs({"input": inputs})).share_left(
-        layer, about_mean=about_mean
-    )
+    expected = rounding(model, inputs).share_left(layer, about_mean=about_mean)
     # Inputs as clearly correlated as these gain more than what was added to their moments tells.
     assert expected / 4 < share < expected < 0.5
 
