@@ -28,6 +28,7 @@ from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.placement import statistics_sources
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.probe import PROBED
+from optuna_quantune.quantization.probe import Sides
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.statistics import Histogram
@@ -155,11 +156,13 @@ class NoisePrediction:
 class _Activations:
     """What quantized activations contribute, by tensor with statistics.
 
-    `uneven` is what clipping contributes to each of some inputs, where it is not negligible.
+    `scaling` is the part of clipping that changes no order in the output, `uneven` what the other
+    part contributes to each of some inputs, where it is not negligible.
     """
 
     rounding: Mapping[str, float]
     clipping: Mapping[str, float]
+    scaling: Mapping[str, float]
     uneven: Mapping[str, NDArray[np.float64]]
     highest_output: float
 
@@ -226,20 +229,12 @@ class NoiseModel:
         activations = self._activation_noise(config)
         weights = self._weight_noise(config)
         clipping = {tensor: activations.clipping[tensor] for tensor in tensors}
-        shares = self._probe.clipping_scaling
-        scaling = {tensor: noise * shares[tensor] for tensor, noise in clipping.items()}
-        if self._output in scaling:
-            scaling[self._output] = clipping[self._output]
-        uneven = [
-            (1.0 - scaling[tensor] / clipping[tensor]) * of_inputs
-            for tensor, of_inputs in activations.uneven.items()
-            if tensor in tensors
-        ]
+        uneven = [of_inputs for t, of_inputs in activations.uneven.items() if t in tensors]
         return NoisePrediction(
             rounding={t: times * activations.rounding[t] for t, times in tensors.items()},
             clipping=clipping,
             weights={name: weights[name] for name in names},
-            scaling=scaling,
+            scaling={tensor: activations.scaling[tensor] for tensor in tensors},
             highest=activations.highest_output if self._output in clipping else np.inf,
             uneven=np.sum(uneven, axis=0) if uneven else np.zeros(0),
         )
@@ -327,20 +322,27 @@ class NoiseModel:
             errors = {
                 tensor: self._activation_error(tensor, p) for tensor, p in parameters.items()
             }
-            gains = self._probe.rounding_gain, self._probe.clipping_gain
-            rounding, clipping = (
-                {t: error[i] * gains[i][t] / self._signal for t, error in errors.items()}
-                for i in (0, 1)
-            )
-            least = _NEGLIGIBLE * (sum(rounding.values()) + sum(clipping.values()))
+            rounding = {
+                tensor: error * self._probe.rounding_gain[tensor] / self._signal
+                for tensor, (error, _) in errors.items()
+            }
+            clipping = {
+                tensor: np.multiply(cut_off, self._probe.clipping_gain[tensor]) / self._signal
+                for tensor, (_, cut_off) in errors.items()
+            }
+            scaling = {t: sides * self._probe.clipping_scaling[t] for t, sides in clipping.items()}
+            if self._output in scaling:
+                scaling[self._output] = clipping[self._output]
+            least = _NEGLIGIBLE * (sum(rounding.values()) + sum(map(np.sum, clipping.values())))
             extremes = self._quantizer.statistics.extremes
             self._activations[key] = _Activations(
                 rounding,
-                clipping,
+                {tensor: float(sides.sum()) for tensor, sides in clipping.items()},
+                {tensor: float(sides.sum()) for tensor, sides in scaling.items()},
                 {
-                    t: clipping[t] * shares_of_inputs(extremes[t], *_ends(parameters[t]))
-                    for t in tensors
-                    if clipping[t] > least
+                    tensor: shares_of_inputs(extremes[tensor], *_ends(parameters[tensor])) @ left
+                    for tensor, sides in clipping.items()
+                    if sides.sum() > least and (left := sides - scaling[tensor]).any()
                 },
                 _ends(parameters[self._output])[1] if self._output in parameters else np.inf,
             )
@@ -348,7 +350,7 @@ class NoiseModel:
 
     def _activation_error(
         self, tensor: str, parameters: QuantizationParameters
-    ) -> tuple[float, float]:
+    ) -> tuple[float, Sides]:
         histogram = self._quantizer.statistics.histogram(tensor, ALL_IMAGES)
         return quantization_error(histogram, float(parameters.scale), *_ends(parameters))
 
@@ -405,7 +407,7 @@ def _ends(parameters: QuantizationParameters) -> tuple[float, float]:
 
 def quantization_error(
     histogram: Histogram, scale: float, low: float, high: float
-) -> tuple[float, float]:
+) -> tuple[float, Sides]:
     """Mean squared rounding and clipping error of values quantized over a range.
 
     Rounding is uniform within a step, ``scale**2 / 12`` (B. Widrow), for every value in the range
@@ -420,7 +422,7 @@ def quantization_error(
     """
     total = histogram.total
     if total == 0:
-        return 0.0, 0.0
+        return 0.0, Sides(0.0, 0.0)
     x, counts, half = histogram.centers, histogram.counts, scale / 2.0
     first, last = np.searchsorted(x, low), np.searchsorted(x, high, side="right")
     zero = np.searchsorted(x, -half, side="right"), np.searchsorted(x, half)
@@ -428,7 +430,8 @@ def quantization_error(
     lost = np.sum(counts[start:stop] * np.square(x[start:stop]))
     rounded = counts[first:start].sum() + counts[stop:last].sum()
     rounding = float(lost + scale * scale / 12.0 * rounded)
-    return rounding / total, histogram.cut_off(low, high) / total
+    below, above = histogram.cut_off(low, high)
+    return rounding / total, Sides(below / total, above / total)
 
 
 def layer_error(

@@ -20,6 +20,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 from typing import Final
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,13 @@ _JOINT_RUNS: Final = 64
 _FEWEST_JOINT: Final = 8
 
 
+class Sides(NamedTuple):
+    """A number for what is cut off below a range, and one for what is cut off above it."""
+
+    below: float
+    above: float
+
+
 @dataclass(frozen=True)
 class Probe:
     """What the float model does to errors. All powers are mean squares of a value.
@@ -71,9 +79,10 @@ class Probe:
     Attributes:
         rounding_gain: For each tensor the power at the output for a power of 1 of the error that
             rounding makes in it.
-        clipping_gain: The same for the error that clipping makes.
-        clipping_scaling: For each tensor the share of that power, 0 to 1, which only scales the
-            output and so changes no prediction.
+        clipping_gain: The same for the error that clipping makes, below the range and above it:
+            what HardSwish or GELU read is large in both directions, and means nothing in one.
+        clipping_scaling: For each tensor the shares of these powers, 0 to 1, which only scale the
+            output and so change no prediction.
         weight_noise: For each weight (by name) the power at the output when it alone is quantized
             as `PROBED` says.
         channel_mean: For each layer (by name) the mean of each channel of its input.
@@ -86,8 +95,8 @@ class Probe:
     """
 
     rounding_gain: Mapping[str, float]
-    clipping_gain: Mapping[str, float]
-    clipping_scaling: Mapping[str, float]
+    clipping_gain: Mapping[str, Sides]
+    clipping_scaling: Mapping[str, Sides]
     weight_noise: Mapping[str, float]
     channel_mean: Mapping[str, NDArray[np.float64]]
     channel_power: Mapping[str, NDArray[np.float64]]
@@ -132,7 +141,8 @@ def probe(
     if model.takes_batches and alike(feeds) and not spared:
         batch_size = int(np.clip(_BATCH_VALUES // values_a_run, 1, len(feeds)))
     moments, outputs = _Moments(model.layers), _Outputs(disturbable)
-    rounding, clipping, tail, single = (_Gains(outputs) for _ in range(4))
+    rounding, single = _Gains(outputs), _Gains(outputs)
+    clipping, tail = ([_Gains(outputs) for _ in Sides._fields] for _ in range(2))
     begun: list[tuple[list[str], _Batch]] = []
 
     def small_errors() -> Iterator[_Error]:
@@ -157,30 +167,35 @@ def probe(
 
     def clipping_errors() -> Iterator[_Error]:
         clipped = _clipped(quantizer, steps, rounding) if spared else set(tensors)
-        beyond_range: set[str] = set()
+        beyond_range: set[tuple[str, int]] = set()
         for chosen, batch in begun:
             for tensor in chosen:
                 if tensor not in clipped:
                     continue
-                value = batch.values[tensor]
-                error = np.clip(value, *ranges[tensor]) - value
-                if np.any(error):
-                    beyond_range.add(tensor)
-                    yield _Error(clipping, tensor, Disturbance(tensor, error), batch)
-                elif tensor not in beyond_range:
-                    error = _tail_error(value, batch.size)
-                    yield _Error(tail, tensor, Disturbance(tensor, error), batch)
+                value, (low, high) = batch.values[tensor], ranges[tensor]
+                for side, error in enumerate(
+                    (np.maximum(low - value, 0.0), np.minimum(high - value, 0.0))
+                ):
+                    gains = clipping[side]
+                    if np.any(error):
+                        beyond_range.add((tensor, side))
+                    elif (tensor, side) not in beyond_range:
+                        gains = tail[side]
+                        error = _tail_error(value, batch.size, sign=(-1, 1)[side])
+                    if np.any(error):
+                        yield _Error(gains, tensor, Disturbance(tensor, error), batch)
 
     workers = threads or available_cores()
     for errors in (small_errors, clipping_errors):
         for effect in ordered_map(outputs.measure, errors(), workers=workers):
             effect.error.gains.add(effect)
     for tensor in tensors:
-        clipping.fall_back(tensor, tail, rounding)
+        for own, other, of_tail in zip(clipping, reversed(clipping), tail, strict=True):
+            own.fall_back(tensor, of_tail, other, rounding)
     return Probe(
         rounding_gain={tensor: rounding.gain(tensor) for tensor in tensors},
-        clipping_gain={tensor: clipping.gain(tensor) for tensor in tensors},
-        clipping_scaling={tensor: clipping.scaling(tensor) for tensor in tensors},
+        clipping_gain={t: Sides(*(side.gain(t) for side in clipping)) for t in tensors},
+        clipping_scaling={t: Sides(*(side.scaling(t) for side in clipping)) for t in tensors},
         weight_noise={name: single.gain(name) for name in weights},
         channel_mean=moments.mean(),
         channel_power=moments.power(),
@@ -304,7 +319,7 @@ def _clipped(quantizer: Quantizer, steps: Mapping[str, float], rounding: _Gains)
 
 def _lost(histogram: Histogram, low: float, high: float) -> float:
     """Mean square of what a range cuts off."""
-    return histogram.cut_off(low, high) / max(histogram.total, 1)
+    return sum(histogram.cut_off(low, high)) / max(histogram.total, 1)
 
 
 def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float32]:
@@ -315,11 +330,11 @@ def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float
     return error
 
 
-def _tail_error(value: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
-    """The error when of each input the largest magnitudes are clipped."""
-    rows = value.reshape(inputs, -1)
-    limit = np.quantile(np.abs(rows), 1.0 - _CLIPPED_SHARE, axis=1, keepdims=True)
-    error: NDArray[np.float32] = np.clip(rows, -limit, limit) - rows
+def _tail_error(value: NDArray[np.float32], inputs: int, *, sign: int) -> NDArray[np.float32]:
+    """The error when of each input the largest values of a sign are clipped."""
+    rows = sign * value.reshape(inputs, -1)
+    limit = np.maximum(np.quantile(rows, 1.0 - _CLIPPED_SHARE, axis=1, keepdims=True), 0.0)
+    error: NDArray[np.float32] = (sign * np.minimum(limit - rows, 0.0)).astype(np.float32)
     return error.reshape(value.shape)
 
 

@@ -70,13 +70,13 @@ class Histogram:
         square = (low * low + low * high + high * high) / 3.0  # of an even spread within the bin
         return float(np.sum(self.counts * square)) / self.total
 
-    def cut_off(self, low: float, high: float) -> float:
-        """Sum of the squared distances of all values beyond a range to it."""
+    def cut_off(self, low: float, high: float) -> tuple[float, float]:
+        """Sums of the squared distances to a range, of all values below and of all above it."""
         x = self.centers
         first, last = np.searchsorted(x, low), np.searchsorted(x, high, side="right")
         below = self.counts[:first] * np.square(x[:first] - low)
         above = self.counts[last:] * np.square(x[last:] - high)
-        return float(below.sum() + above.sum())
+        return float(below.sum()), float(above.sum())
 
 
 @dataclass(frozen=True)

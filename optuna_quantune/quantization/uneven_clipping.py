@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 def shares_of_inputs(
     extremes: NDArray[np.float32], low: float, high: float
 ) -> NDArray[np.float64]:
-    """What a range cuts off of each input, over the mean of all inputs.
+    """What a range cuts off of each input at either end, over the mean of all inputs.
 
     The values of an input beyond the range are taken as evenly spread up to its largest one and
     as dense in one input as in another: their squared distances add up to the cube of its.
@@ -30,12 +30,13 @@ def shares_of_inputs(
         high: Upper end of the range.
 
     Returns:
-        Shape (inputs,); all 1 where no input is known to exceed the range.
+        Shape (inputs, 2): below the range and above it; all 1 where no input is known to exceed
+        that end.
     """
-    smallest, largest = extremes.astype(np.float64).T
-    beyond = np.maximum(low - smallest, 0.0) ** 3 + np.maximum(largest - high, 0.0) ** 3
-    mean = beyond.mean() if len(beyond) else 0.0
-    return beyond / mean if mean > 0.0 else np.ones_like(beyond)
+    ends = np.array([-low, high])
+    beyond = np.maximum(extremes * np.array([-1.0, 1.0]) - ends, 0.0) ** 3
+    mean = beyond.mean(axis=0) if len(beyond) else np.zeros(2)
+    return np.where(mean > 0.0, beyond / np.where(mean > 0.0, mean, 1.0), 1.0)
 
 
 def as_if_even(even: float, uneven: NDArray[np.float64]) -> float:

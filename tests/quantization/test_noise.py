@@ -45,10 +45,13 @@ def test_expected_error_is_the_error_of_really_quantizing(clip: float, levels: i
     scale = 2 * clip / levels
     integers = np.clip(np.rint(values / scale), -(levels // 2), levels // 2)
     low, high = -scale * (levels // 2), scale * (levels // 2)
-    rounding, clipping = quantization_error(histogram, scale, low, high)
+    rounding, cut_off = quantization_error(histogram, scale, low, high)
+    clipping = sum(cut_off)
     assert rounding + clipping == pytest.approx(
         np.mean(np.square(integers * scale - values)), rel=0.03
     )
+    above = np.mean(np.square(np.maximum(values - high, 0.0)))
+    assert cut_off.above == pytest.approx(above, rel=0.03)
     assert (clipping > rounding) == (clip < 2.0 or (clip < 3.0 and levels == 255))
 
 
@@ -57,12 +60,13 @@ def test_what_a_range_without_negative_values_cuts_off_is_no_rounding() -> None:
     accumulator = Accumulator()
     accumulator.add(values)
     scale = 0.5
-    rounding, clipping = quantization_error(
+    rounding, cut_off = quantization_error(
         accumulator.counts().histogram(), scale, 0.0, 15 * scale
     )
     error = scale * np.clip(np.rint(values / scale), 0, 15) - values
     assert rounding == pytest.approx(np.sum(np.square(error[values > 0])) / values.size, rel=0.03)
-    assert clipping == pytest.approx(np.sum(np.square(error[values < 0])) / values.size, rel=0.03)
+    below = np.sum(np.square(error[values < 0])) / values.size
+    assert cut_off == (pytest.approx(below, rel=0.03), 0.0)
 
 
 @pytest.mark.parametrize(

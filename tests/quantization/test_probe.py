@@ -34,10 +34,12 @@ def two_layers(
     inputs: NDArray[np.float32],
     batch: str | int = "n",
     length: tuple[str, ...] = (),
+    between: str = "Identity",
 ) -> Quantizer:
     nodes = [
         helper.make_node("MatMul", ["x", "first"], ["h"], name="first"),
-        helper.make_node("MatMul", ["h", "second"], ["y"], name="second"),
+        helper.make_node(between, ["h"], ["a"], name="between"),
+        helper.make_node("MatMul", ["a", "second"], ["y"], name="second"),
     ]
     graph = helper.make_graph(
         nodes,
@@ -196,7 +198,7 @@ def test_a_tensor_that_is_always_zero_gains_nothing(tmp_path: Path) -> None:
     zeros, ones = np.zeros((4, 4), np.float32), np.ones((4, 4), np.float32)
     found = probe(two_layers(tmp_path, zeros, ones, inputs), one_by_one(inputs, 1))
     assert found.rounding_gain["h"] == 0.0
-    assert found.clipping_gain["h"] == 0.0
+    assert found.clipping_gain["h"] == (0.0, 0.0)
 
 
 def test_a_channel_that_is_never_active_bears_no_noise(tmp_path: Path) -> None:
@@ -223,9 +225,27 @@ def test_clipping_is_probed_with_a_range_that_clips(tmp_path: Path) -> None:
     error = np.clip(inputs[:1], *quantizer.clipping_ranges()["h"]) - inputs[:1]
     assert np.any(error)
     expected = np.square(error.sum()) / np.mean(np.square(error))
-    assert found.clipping_gain["h"] == pytest.approx(expected, rel=1e-3)
+    assert found.clipping_gain["h"].above == pytest.approx(expected, rel=1e-3)
     # All outputs are the same sum: what is lost of it is lost of all of them.
-    assert found.clipping_scaling["h"] == pytest.approx(1.0, abs=1e-6)
+    assert found.clipping_scaling["h"].above == pytest.approx(1.0, abs=1e-6)
+
+
+def test_what_is_cut_off_counts_at_the_end_where_it_means_something(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    identity = np.eye(64, dtype=np.float32)
+    half = (4.0 * rng.standard_t(2, (100, 64))).astype(np.float32)
+    inputs = np.concatenate([half, -half])
+    quantizer = two_layers(tmp_path, identity, identity, inputs, between="HardSwish")
+    found = probe(quantizer, one_by_one(inputs, 64))
+    low, high = quantizer.clipping_ranges()["h"]
+    assert inputs.min() < low < -3.0
+    assert 3.0 < high < inputs.max()
+    # HardSwish is 0 below -3, and changes nothing above 3.
+    assert found.clipping_gain["h"] == (0.0, pytest.approx(1.0, rel=1e-3))
+    config = QuantizationConfig(scheme="symmetric_uint8", clipping="kl")
+    predicted = NoiseModel(quantizer, found).predict(config).clipping["h"]
+    lost = np.mean(np.square(np.maximum(inputs - high, 0.0)))
+    assert predicted == pytest.approx(lost / found.output_power, rel=0.02)
 
 
 def test_clipping_counts_as_scaling_as_far_as_a_line_explains_it(tmp_path: Path) -> None:
@@ -241,7 +261,7 @@ def test_clipping_counts_as_scaling_as_far_as_a_line_explains_it(tmp_path: Path)
     explained = line @ np.linalg.lstsq(line, error)[0]
     share = np.mean(np.square(explained)) / np.mean(np.square(error))
     assert 0.1 < share < 0.999
-    assert found.clipping_scaling["h"] == pytest.approx(share, rel=1e-3)
+    assert found.clipping_scaling["h"].above == pytest.approx(share, rel=1e-3)
 
 
 def test_inputs_that_share_runs_are_told_apart(

@@ -15,15 +15,16 @@ def test_inputs_share_what_is_cut_off_as_values_that_are_spread_evenly_do() -> N
     largest = np.array([0.5, 1.0, 1.5, 2.0, 4.0])
     extremes = np.stack([-largest, largest], axis=1).astype(np.float32)
     values = [np.linspace(-end, end, int(20_000 * end)) for end in largest]
-    lost = np.array([np.square(v - np.clip(v, -3.0, 1.2)).sum() for v in values])
-    np.testing.assert_allclose(
-        shares_of_inputs(extremes, -3.0, 1.2), lost / lost.mean(), rtol=1e-3
-    )
+    for column, (low, high) in enumerate([(-3.0, np.inf), (-np.inf, 1.2)]):
+        lost = np.array([np.square(v - np.clip(v, low, high)).sum() for v in values])
+        found = shares_of_inputs(extremes, -3.0, 1.2)[:, column]
+        np.testing.assert_allclose(found, lost / lost.mean(), rtol=1e-3)
 
 
 def test_a_range_that_no_input_exceeds_cuts_off_evenly() -> None:
     extremes = np.array([[0.0, 1.0], [-1.0, 0.5]], dtype=np.float32)
-    np.testing.assert_array_equal(shares_of_inputs(extremes, -2.0, 2.0), [1.0, 1.0])
+    np.testing.assert_array_equal(shares_of_inputs(extremes, -2.0, 2.0), np.ones((2, 2)))
+    np.testing.assert_array_equal(shares_of_inputs(extremes, -0.5, 2.0), [[0, 1], [2, 1]])
 
 
 @pytest.mark.parametrize("even", [0.0, 1e-4, 1e-2])
