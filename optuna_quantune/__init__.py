@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayFile
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.evaluation.dataset import ImageFolder
 from optuna_quantune.evaluation.dataset import ReaderInputs
@@ -22,6 +23,7 @@ from optuna_quantune.tuning import TuningResult
 __version__ = version("optuna-quantune")
 
 __all__ = [
+    "ArrayFile",
     "ArrayInputs",
     "ImageFolder",
     "InputError",

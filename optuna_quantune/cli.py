@@ -322,7 +322,10 @@ def quantize_command(
 @cli.command("inspect")
 @click.argument("model")
 @click.option(
-    "--calibration", metavar="DIR", help="Images for calibration: adds the predicted noise."
+    "--calibration",
+    metavar="PATH",
+    help="Inputs for calibration, a folder of images or an .npy or .npz file: adds the predicted "
+    "noise.",
 )
 @click.option(
     "--float-model",

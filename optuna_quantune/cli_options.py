@@ -16,7 +16,6 @@ from optuna_quantune.chosen_sampler import RECORDS
 from optuna_quantune.chosen_sampler import Source
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import as_input_source
-from optuna_quantune.evaluation.dataset import ImageFolder
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.preprocessing import Preprocessing
 from optuna_quantune.evaluation.runner import Provider
@@ -41,7 +40,11 @@ def _all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
-calibration_option = click.option("--calibration", metavar="DIR", help="Images for calibration.")
+calibration_option = click.option(
+    "--calibration",
+    metavar="PATH",
+    help="Inputs for calibration: a folder of images, or an .npy or .npz file of arrays.",
+)
 evaluate_option = click.option(
     "--evaluate",
     metavar="MODULE:FUNCTION",
@@ -50,9 +53,12 @@ evaluate_option = click.option(
 # Of a command that calibrates and evaluates.
 image_options = _all_of(
     click.option(
-        "--labels", metavar="CSV", help="Columns file,label_index; DIR/labels.csv if it is there."
+        "--labels",
+        metavar="FILE",
+        help="Of a folder a CSV file with the columns file,label_index, labels.csv in it if that "
+        "is there; of arrays an .npy file, the array 'labels' of an .npz file if that is there.",
     ),
-    click.option("--evaluation", metavar="DIR", help="Images for evaluation."),
+    click.option("--evaluation", metavar="PATH", help="Inputs for evaluation, in the same way."),
     calibration_option,
 )
 # What inputs are made of, and how a model is run here.
@@ -75,7 +81,7 @@ input_options = _all_of(
     click.option(
         "--data",
         metavar="MODULE:FUNCTION",
-        help="In place of image folders: FUNCTION('calibration') and FUNCTION('evaluation') "
+        help="In place of folders and files: FUNCTION('calibration') and FUNCTION('evaluation') "
         "give an array, arrays by input name, a calibration data reader or an InputSource.",
     ),
     click.option(
@@ -208,32 +214,31 @@ goal_options = _all_of(
 
 def read_evaluation(
     evaluate: str | None,
-    folder: str | None,
+    path: str | None,
     data: str | None,
     preprocessing: str | None,
     labels: str | None,
 ) -> InputSource | None:
     """The evaluation inputs; None where a loop of the user's brings its own."""
-    if evaluate is not None and folder is None:
+    if evaluate is not None and path is None:
         return None
-    return read_inputs("evaluation", folder, data, preprocessing, labels=labels)
+    return read_inputs("evaluation", path, data, preprocessing, labels=labels)
 
 
 def read_inputs(
     split: str,
-    folder: str | None,
+    path: str | None,
     data: str | None,
     preprocessing: str | None,
     *,
     labels: str | None = None,
 ) -> InputSource:
-    """The inputs that the options ask for: an image folder, or what a function gives."""
-    if (folder is None) == (data is None):
+    """The inputs that the options ask for: a folder or file, or what a function gives."""
+    if (path is None) == (data is None):
         raise InputError(f"--{split}: give a folder of images, or inputs by --data")
     if data is None:
-        assert folder is not None
         recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
-        return ImageFolder(folder, labels=labels, preprocessing=recipe)
+        return as_input_source(path, labels=labels, preprocessing=recipe)
     if labels is not None or preprocessing is not None:
         raise InputError("--data: its inputs bring their own labels and preprocessing")
     function = import_function(data, "--data")

@@ -108,6 +108,50 @@ def test_tune_writes_the_model_whose_accuracy_it_prints(
     assert "Wrote out.onnx" in printed
 
 
+def save_arrays(folder: Path) -> None:
+    """The images of `folder`, as they are and as the model reads them, with their labels."""
+    files = sorted((folder / "images").glob("*.png"))
+    images = np.stack([np.asarray(Image.open(file)) for file in files])
+    lines = (folder / "images/labels.csv").read_text().split()[1:]
+    labels = np.array([int(line.split(",")[1]) for line in lines])
+    np.savez(folder / "inputs.npz", input=normalized(images), labels=labels)
+    np.save(folder / "pixels.npy", images)
+    np.save(folder / "labels.npy", labels)
+
+
+def test_arrays_in_a_file_make_the_model_that_their_images_make(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_arrays(folder)
+    recipe, written = ("--preprocessing", "recipe.json"), []
+    for inputs in (("images", *recipe), ("pixels.npy", *recipe), ("inputs.npz",)):
+        arguments = ("quantize", "model.onnx", "--config", "{}", "--calibration", *inputs)
+        assert call(folder, *arguments, monkeypatch=monkeypatch) == 0
+        written.append((folder / "model.int8.onnx").read_bytes())
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--evaluation", "inputs.npz"),
+        ("--evaluation", "pixels.npy", "--labels", "labels.npy", "--preprocessing", "recipe.json"),
+    ],
+)
+def test_tune_takes_arrays_in_files(
+    folder: Path,
+    options: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_arrays(folder)
+    arguments = ("tune", "model.onnx", "--calibration", options[1], *options, "--n-trials", "2")
+    assert call(folder, *arguments, monkeypatch=monkeypatch) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "top-1" in line)
+    assert "1.0000" in row  # of the float model, whose predictions the labels are
+    assert (folder / "model.int8.onnx").is_file()
+
+
 def test_quantize_builds_the_configuration_that_it_is_given(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,10 +54,10 @@ class ArrayInputs(InputSource):
         self._arrays = {name: np.asanyarray(array) for name, array in named.items()}
         lengths = {len(array) if array.ndim else 0 for array in self._arrays.values()}
         if not lengths or 0 in lengths:
-            raise InputError("array inputs: no inputs; the first axis must be the batch axis")
+            raise InputError(f"{self}: no inputs; the first axis must be the batch axis")
         if len(lengths) > 1:
             raise InputError(
-                "array inputs: the first axis must be the same batch axis in all arrays, not "
+                f"{self}: the first axis must be the same batch axis in all arrays, not "
                 + ", ".join(f"{len(array)} in {name!r}" for name, array in self._arrays.items())
             )
         self._length = lengths.pop()
@@ -65,9 +65,9 @@ class ArrayInputs(InputSource):
         self._preprocessing = None if preprocessing is None else Preprocessing.of(preprocessing)
         if self._preprocessing is not None:
             if len(self._arrays) > 1:
-                raise InputError("array inputs: preprocessing needs a single array of images")
+                raise InputError(f"{self}: preprocessing needs a single array of images")
             ((name, images),) = self._arrays.items()
-            self._arrays = {name: _array_pixels(images, self._preprocessing)}
+            self._arrays = {name: self._pixels(images, self._preprocessing)}
 
     def __str__(self) -> str:
         return "array inputs"
@@ -122,18 +122,17 @@ class ArrayInputs(InputSource):
             for row in range(self._length)
         ]
 
-
-def _array_pixels(images: NDArray[Any], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    if images.dtype != np.uint8 or not (
-        images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
-    ):
-        raise InputError(
-            "array inputs: preprocessing takes uint8 images of shape (n, height, width) or (n, "
-            f"height, width, channels), not {images.dtype} of shape {images.shape}"
-        )
-    if images.ndim == 4 and images.shape[3] == 1:
-        images = images[:, :, :, 0]
-    try:
-        return np.stack([preprocessing.pixels(Image.fromarray(image)) for image in images])
-    except InputError as error:
-        raise InputError(f"array inputs: {error}") from None
+    def _pixels(self, images: NDArray[Any], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+        if images.dtype != np.uint8 or not (
+            images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
+        ):
+            raise InputError(
+                f"{self}: preprocessing takes uint8 images of shape (n, height, width) or (n, "
+                f"height, width, channels), not {images.dtype} of shape {images.shape}"
+            )
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = images[:, :, :, 0]
+        try:
+            return np.stack([preprocessing.pixels(Image.fromarray(image)) for image in images])
+        except InputError as error:
+            raise InputError(f"{self}: {error}") from None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.array_file import ARRAY_SUFFIXES
+from optuna_quantune.evaluation.array_file import ArrayFile
 from optuna_quantune.evaluation.arrays import ArrayInputs
 from optuna_quantune.evaluation.image_folder import ImageFolder
 from optuna_quantune.evaluation.readers import ReaderInputs
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from optuna_quantune.evaluation.preprocessing import Recipe
 
 __all__ = [
+    "ArrayFile",
     "ArrayInputs",
     "ImageFolder",
     "InputSource",
@@ -40,10 +44,11 @@ def as_input_source(
     """Make an input source of whatever a user gave.
 
     Args:
-        inputs: An :class:`InputSource`; the path of an image folder; an array or a mapping from
-            input name to array; a calibration data reader, or something that makes a fresh one
-            when called.
-        labels: For a folder the path of a CSV file, otherwise class indices of shape (n,).
+        inputs: An :class:`InputSource`; the path of an image folder, or of an ``.npy`` or
+            ``.npz`` file; an array or a mapping from input name to array; a calibration data
+            reader, or something that makes a fresh one when called.
+        labels: For a folder the path of a CSV file, otherwise class indices of shape (n,), for a
+            file of arrays also the path of an ``.npy`` file of them.
         preprocessing: For a folder, or for uint8 images in an array.
 
     Raises:
@@ -57,6 +62,8 @@ def as_input_source(
             )
         return inputs
     if isinstance(inputs, str | os.PathLike):
+        if Path(inputs).suffix in ARRAY_SUFFIXES:
+            return ArrayFile(inputs, labels=labels, preprocessing=preprocessing)
         if labels is not None and not isinstance(labels, str | os.PathLike):
             raise InputError(
                 f"image folder {os.fspath(inputs)}: labels must be the path of a CSV file"
@@ -74,6 +81,6 @@ def as_input_source(
             )
         return ReaderInputs(inputs, labels)
     raise InputError(
-        f"cannot take inputs from a {type(inputs).__name__}; give an image folder, an array, a "
-        "mapping from input name to array, or a calibration data reader"
+        f"cannot take inputs from a {type(inputs).__name__}; give an image folder, a file "
+        "of arrays, an array, a mapping from input name to array, or a calibration data reader"
     )
