@@ -7,6 +7,7 @@ output that has the power tr(E S Eᵀ), where S is the mean of x xᵀ over these
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -33,8 +34,6 @@ _WINDOWS: Final = 256
 # triangles made of them seconds.
 LONGEST_VECTOR: Final = 2304
 _MATRIX_OPS: Final = ("Gemm", "MatMul")
-
-_Places = tuple[NDArray[np.int64], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,6 @@ def input_moments(
     names = [n for n in dict.fromkeys(layer.input for layer in layers) if n not in given]
     session = make_session(with_outputs(model.proto, names))
     sums = {layer.name: _Sums() for layer in layers}
-    places: dict[tuple[str, tuple[int, ...]], _Places] = {}
     rng = np.random.default_rng(0)
     number = min(MOMENT_INPUTS, len(inputs))
     # One at a time: all that the layers read is held in memory together.
@@ -114,11 +112,8 @@ def input_moments(
             if layer.op_type in _MATRIX_OPS:
                 vectors = _rows(values, windows, rng)
             else:
-                kernel, sizes = model.weights[layer.weight].shape[2:], values.shape[2:]
-                key = layer.name, sizes
-                if key not in places:
-                    places[key] = _places(nodes[layer.name], kernel, sizes)
-                vectors = _windows(values, layer.groups, places[key], windows, rng)
+                kernel = model.weights[layer.weight].shape[2:]
+                vectors = _windows(values, layer.groups, nodes[layer.name], kernel, windows, rng)
             with np.errstate(over="ignore", invalid="ignore"):
                 sums[layer.name].add(vectors)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -197,23 +192,29 @@ def _rows(
 def _windows(
     values: NDArray[np.float32],
     groups: int,
-    places: _Places,
+    node: onnx.NodeProto,
+    kernel: Sequence[int],
     windows: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float32]:
     """What a convolution multiplies with its weight, shape (groups, vectors, values)."""
-    flat, inside = places
-    chosen = _some(rng, len(flat), windows)
-    batch, channels = values.shape[:2]
-    found = values.reshape(batch, channels, -1).take(flat[chosen], axis=2)
+    batch, channels, *sizes = values.shape
+    flat, inside = _places(node, kernel, sizes, windows, rng)
+    found = values.reshape(batch, channels, -1).take(flat, axis=2)
     if not inside.all():
-        found *= inside[chosen]
-    grouped = found.reshape(batch, groups, channels // groups, *found.shape[2:])
-    return grouped.transpose(1, 0, 3, 2, 4).reshape(groups, batch * len(chosen), -1)
+        found *= inside
+    grouped = found.reshape(batch, groups, channels // groups, *flat.shape)
+    return grouped.transpose(1, 0, 3, 2, 4).reshape(groups, batch * len(flat), -1)
 
 
-def _places(node: onnx.NodeProto, kernel: Sequence[int], sizes: Sequence[int]) -> _Places:
-    """Where a convolution takes the values of its windows, and which of them are no padding.
+def _places(
+    node: onnx.NodeProto,
+    kernel: Sequence[int],
+    sizes: Sequence[int],
+    windows: int,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where a convolution takes the values of some windows, and which of them are no padding.
 
     Returns:
         Numbers in a flat channel, and marks, both of shape (windows, taps).
@@ -223,17 +224,20 @@ def _places(node: onnx.NodeProto, kernel: Sequence[int], sizes: Sequence[int]) -
     dilations = attribute_of(node, "dilations", [1] * rank)
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     before, behind = _padding(node, sizes, reach, strides)
-    flat, inside = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1), dtype=np.bool_)
+    counts = [
+        max(0, (b + n + e - r) // s + 1)
+        for b, n, e, r, s in zip(before, sizes, behind, reach, strides, strict=True)
+    ]
+    chosen = np.unravel_index(_some(rng, math.prod(counts), windows), counts)
+    flat = np.zeros((len(chosen[0]), 1), dtype=np.int64)
+    inside = np.ones((len(chosen[0]), 1), dtype=np.bool_)
     for axis, size in enumerate(sizes):
-        last = before[axis] + size + behind[axis] - reach[axis]
-        starts = np.arange(0, last + 1, strides[axis]) - before[axis]
+        starts = chosen[axis] * strides[axis] - before[axis]
         at = starts[:, None] + np.arange(kernel[axis]) * dilations[axis]
         valid = (at >= 0) & (at < size)
         numbers = np.clip(at, 0, size - 1)
-        shape = len(flat) * len(at), flat.shape[1] * kernel[axis]
-        spread = flat[:, None, :, None] * size + numbers[None, :, None, :]
-        flat = spread.reshape(shape)
-        inside = (inside[:, None, :, None] & valid[None, :, None, :]).reshape(shape)
+        flat = (flat[:, :, None] * size + numbers[:, None, :]).reshape(len(at), -1)
+        inside = (inside[:, :, None] & valid[:, None, :]).reshape(len(at), -1)
     return flat, inside
 
 
