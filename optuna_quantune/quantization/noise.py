@@ -323,7 +323,9 @@ class NoiseModel:
                 tensor: self._activation_error(tensor, p) for tensor, p in parameters.items()
             }
             rounding = {
-                tensor: error * self._probe.rounding_gain[tensor] / self._signal
+                tensor: error
+                * self._probe.rounding_gain[tensor].at(float(parameters[tensor].scale))
+                / self._signal
                 for tensor, (error, _) in errors.items()
             }
             clipping = {
@@ -410,9 +412,10 @@ def quantization_error(
 ) -> tuple[float, Sides]:
     """Mean squared rounding and clipping error of values quantized over a range.
 
-    Rounding is uniform within a step, ``scale**2 / 12`` (B. Widrow), for every value in the range
-    but those within half a step of zero, which lose their own square (exact zeros nothing).
-    A value beyond the range loses its distance to the range.
+    Values are taken as evenly spread within each bin. A value in the range loses its distance to
+    the nearest multiple of the step: over many steps ``scale**2 / 12`` (B. Widrow), but less for
+    values that are nearest to 0, and more or less where many are the same, as a background is. A
+    value beyond the range loses its distance to the range.
 
     Args:
         histogram: The values.
@@ -423,15 +426,25 @@ def quantization_error(
     total = histogram.total
     if total == 0:
         return 0.0, Sides(0.0, 0.0)
-    x, counts, half = histogram.centers, histogram.counts, scale / 2.0
-    first, last = np.searchsorted(x, low), np.searchsorted(x, high, side="right")
-    zero = np.searchsorted(x, -half, side="right"), np.searchsorted(x, half)
-    start, stop = np.clip(zero, first, last)
-    lost = np.sum(counts[start:stop] * np.square(x[start:stop]))
-    rounded = counts[first:start].sum() + counts[stop:last].sum()
-    rounding = float(lost + scale * scale / 12.0 * rounded)
+    x = histogram.centers
+    inside = slice(np.searchsorted(x, low), np.searchsorted(x, high, side="right"))
+    edges = histogram.edges / scale
+    start, stop = edges[:-1][inside], edges[1:][inside]
+    width, off = stop - start, start - np.rint(start)
+    squares = np.divide(
+        _sum_of_squares(stop) - _sum_of_squares(start), width, out=off * off, where=width > 0.0
+    )
+    rounding = scale * scale * float(histogram.counts[inside] @ squares)
     below, above = histogram.cut_off(low, high)
     return rounding / total, Sides(below / total, above / total)
+
+
+def _sum_of_squares(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The integral of the squared distance to the nearest whole number, from 0 to x."""
+    nearest = np.rint(x)
+    off = x - nearest
+    result: NDArray[np.float64] = nearest / 12.0 + off * off * off / 3.0
+    return result
 
 
 def layer_error(

@@ -30,6 +30,7 @@ from optuna_quantune.pipeline import available_cores
 from optuna_quantune.pipeline import ordered_map
 from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.disturbance import DisturbableModel
 from optuna_quantune.quantization.disturbance import Disturbance
 from optuna_quantune.quantization.disturbance import Values
@@ -54,6 +55,8 @@ _VALUE_BUDGET: Final = 300_000_000
 # Values that are computed at a time, about: a run of a small model is over before its call is, so
 # that inputs share one.
 _BATCH_VALUES: Final = 1 << 21
+# Schemes with steps of their own when nothing is clipped, the finest first.
+_SCHEMES: Final[tuple[Scheme, ...]] = ("asymmetric", "symmetric", "symmetric_power2")
 # Share of the largest magnitudes that is clipped of a tensor which its range does not clip.
 _CLIPPED_SHARE: Final = 1e-3
 # Clipping that is a smaller share of every configuration's noise is not probed.
@@ -73,12 +76,41 @@ class Sides(NamedTuple):
 
 
 @dataclass(frozen=True)
+class GainOfStep:
+    """A gain of rounding errors, which is not that of white noise.
+
+    Values that most inputs have in common, as a background has, are rounded to the same side
+    everywhere: how much that is, and how far it reaches, changes with the step.
+
+    Attributes:
+        steps: Steps of the integers that it was measured with, ascending, shape (n,).
+        gains: The gain of each, shape (n,).
+    """
+
+    steps: NDArray[np.float64]
+    gains: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, gains: Mapping[float, float]) -> GainOfStep:
+        """From the gain of each step; 0 tells nothing, as of a step that makes no error."""
+        steps = sorted(step for step, gain in gains.items() if gain > 0.0)
+        return cls(np.array(steps), np.array([gains[step] for step in steps]))
+
+    def at(self, step: float) -> float:
+        """The gain of any step, between those of its neighbours (all in logarithms)."""
+        if len(self.steps) == 0:
+            return 0.0
+        between = np.interp(np.log(step), np.log(self.steps), np.log(self.gains))
+        return float(np.exp(between))
+
+
+@dataclass(frozen=True)
 class Probe:
     """What the float model does to errors. All powers are mean squares of a value.
 
     Attributes:
         rounding_gain: For each tensor the power at the output for a power of 1 of the error that
-            rounding makes in it.
+            rounding makes in it, by the step.
         clipping_gain: The same for the error that clipping makes, below the range and above it:
             what HardSwish or GELU read is large in both directions, and means nothing in one.
         clipping_scaling: For each tensor the shares of these powers, 0 to 1, which only scale the
@@ -94,7 +126,7 @@ class Probe:
     of its output, so that each output counts alike.
     """
 
-    rounding_gain: Mapping[str, float]
+    rounding_gain: Mapping[str, GainOfStep]
     clipping_gain: Mapping[str, Sides]
     clipping_scaling: Mapping[str, Sides]
     weight_noise: Mapping[str, float]
@@ -123,7 +155,7 @@ def probe(
     Raises:
         InputError: If an output changes its shape with a little noise.
     """
-    model, ranges, steps = quantizer.model, quantizer.clipping_ranges(), _steps(quantizer)
+    model, ranges = quantizer.model, quantizer.clipping_ranges()
     tensors, weights = list(ranges), _weights(quantizer, PROBED)
     disturbable = DisturbableModel(model, tensors, weights)
     queue = iter(inputs)
@@ -135,13 +167,16 @@ def probe(
     repeats = int(np.clip(runs, 1, len(feeds)))
     together = _joint_inputs(values_a_run)
     joint = [*feeds, *islice(queue, max(0, together - len(feeds)))][:together]
-    # Where a probe costs next to nothing, none is spared.
+    # Where a probe costs next to nothing, none is spared, and each step of a scheme is probed.
     spared = repeats < len(feeds)
     batch_size = 1
     if model.takes_batches and alike(feeds) and not spared:
         batch_size = int(np.clip(_BATCH_VALUES // values_a_run, 1, len(feeds)))
     moments, outputs = _Moments(model.layers), _Outputs(disturbable)
-    rounding, single = _Gains(outputs), _Gains(outputs)
+    schemes = _SCHEMES[:1] if spared else _SCHEMES
+    steps = {scheme: _steps(quantizer, scheme) for scheme in schemes}
+    rounding = {scheme: _Gains(outputs) for scheme in schemes}
+    single = _Gains(outputs)
     clipping, tail = ([_Gains(outputs) for _ in Sides._fields] for _ in range(2))
     begun: list[tuple[list[str], _Batch]] = []
 
@@ -152,8 +187,9 @@ def probe(
             outputs.add(batch)
             chosen = _due(tensors, done, repeats, len(feeds))
             for tensor in chosen:
-                error = _rounding_error(batch.values[tensor], steps[tensor])
-                yield _Error(rounding, tensor, Disturbance(tensor, error), batch)
+                for scheme, gains in rounding.items():
+                    error = _rounding_error(batch.values[tensor], steps[scheme][tensor])
+                    yield _Error(gains, tensor, Disturbance(tensor, error), batch)
             turn = _due(list(weights), done, repeats, len(feeds))
             for weight, changes in disturbable.changes(turn, batch.values).items():
                 for change in changes:
@@ -166,7 +202,8 @@ def probe(
                 progress(done, len(feeds))
 
     def clipping_errors() -> Iterator[_Error]:
-        clipped = _clipped(quantizer, steps, rounding) if spared else set(tensors)
+        finest = steps[_SCHEMES[0]], rounding[_SCHEMES[0]]
+        clipped = _clipped(quantizer, *finest) if spared else set(tensors)
         beyond_range: set[tuple[str, int]] = set()
         for chosen, batch in begun:
             for tensor in chosen:
@@ -191,9 +228,14 @@ def probe(
             effect.error.gains.add(effect)
     for tensor in tensors:
         for own, other, of_tail in zip(clipping, reversed(clipping), tail, strict=True):
-            own.fall_back(tensor, of_tail, other, rounding)
+            own.fall_back(tensor, of_tail, other, rounding[_SCHEMES[0]])
     return Probe(
-        rounding_gain={tensor: rounding.gain(tensor) for tensor in tensors},
+        rounding_gain={
+            tensor: GainOfStep.of(
+                {steps[scheme][tensor]: gains.gain(tensor) for scheme, gains in rounding.items()}
+            )
+            for tensor in tensors
+        },
         clipping_gain={t: Sides(*(side.gain(t) for side in clipping)) for t in tensors},
         clipping_scaling={t: Sides(*(side.scaling(t) for side in clipping)) for t in tensors},
         weight_noise={name: single.gain(name) for name in weights},
@@ -273,9 +315,9 @@ def _joint_inputs(values_a_run: int) -> int:
     return int(np.clip(_VALUE_BUDGET // (_JOINT_RUNS * values_a_run), _FEWEST_JOINT, PROBE_INPUTS))
 
 
-def _steps(quantizer: Quantizer) -> dict[str, float]:
+def _steps(quantizer: Quantizer, scheme: Scheme) -> dict[str, float]:
     """For each activation the step of its integers when nothing is clipped."""
-    config = QuantizationConfig(equalization=quantizer.equalized)
+    config = QuantizationConfig(scheme=scheme, equalization=quantizer.equalized)
     return {
         tensor: float(quantizer.activation_parameters(tensor, config).scale)
         for tensor in quantizer.statistics.segments

@@ -55,6 +55,18 @@ def test_expected_error_is_the_error_of_really_quantizing(clip: float, levels: i
     assert (clipping > rounding) == (clip < 2.0 or (clip < 3.0 and levels == 255))
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.043, 0.0101])
+def test_many_values_that_are_the_same_lose_what_one_loses(scale: float) -> None:
+    values = np.repeat(np.array([0.72, -0.31, 0.2501], dtype=np.float32), [5000, 3000, 100])
+    accumulator = Accumulator()
+    accumulator.add(values)
+    rounding, cut_off = quantization_error(accumulator.counts().histogram(), scale, -1.0, 1.0)
+    exact = np.mean(np.square(np.rint(values / scale) * scale - values))
+    # As far as the histogram tells where they are.
+    assert rounding == pytest.approx(exact, rel=0.1, abs=0.02 * scale**2 / 12)
+    assert cut_off == (0.0, 0.0)
+
+
 def test_what_a_range_without_negative_values_cuts_off_is_no_rounding() -> None:
     values = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
     accumulator = Accumulator()

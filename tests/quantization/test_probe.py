@@ -13,6 +13,7 @@ from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.quantization.calibration import calibrate
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.config import Scheme
 from optuna_quantune.quantization.disturbance import DisturbableModel
 from optuna_quantune.quantization.disturbance import Values
 from optuna_quantune.quantization.joint import joint_error
@@ -21,6 +22,7 @@ from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.probe import GainOfStep
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.probe import probe
 from optuna_quantune.quantization.quantizer import Quantizer
@@ -75,7 +77,8 @@ def test_gains_of_a_linear_model_are_those_of_its_matrices(tmp_path: Path) -> No
         # A rounding error of power 1 in every input gives each output the squared norm of its
         # column: errors of different values have nothing to do with each other.
         gain = np.mean(np.square(matrix).sum(axis=0))
-        assert found.rounding_gain[tensor] == pytest.approx(gain, rel=0.1)
+        assert len(found.rounding_gain[tensor].steps) == 3
+        np.testing.assert_allclose(found.rounding_gain[tensor].gains, gain, rtol=0.1)
     outputs = inputs[:8] @ first @ second
     assert found.output_power == pytest.approx(np.mean(np.square(outputs)), rel=1e-3)
 
@@ -197,7 +200,7 @@ def test_a_tensor_that_is_always_zero_gains_nothing(tmp_path: Path) -> None:
     inputs = np.ones((2, 4), dtype=np.float32)
     zeros, ones = np.zeros((4, 4), np.float32), np.ones((4, 4), np.float32)
     found = probe(two_layers(tmp_path, zeros, ones, inputs), one_by_one(inputs, 1))
-    assert found.rounding_gain["h"] == 0.0
+    assert found.rounding_gain["h"].at(0.1) == 0.0
     assert found.clipping_gain["h"] == (0.0, 0.0)
 
 
@@ -211,7 +214,32 @@ def test_a_channel_that_is_never_active_bears_no_noise(tmp_path: Path) -> None:
     found = probe(two_layers(tmp_path, first, second, inputs), one_by_one(inputs, 4))
     # Per unit of mean power over all values the active half bears twice the power.
     expected = 2 * np.mean(np.square(second[100:]).sum(axis=0))
-    assert found.rounding_gain["h"] == pytest.approx(expected, rel=0.15)
+    np.testing.assert_allclose(found.rounding_gain["h"].gains, expected, rtol=0.15)
+
+
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "symmetric_power2"])
+def test_values_that_inputs_have_in_common_are_rounded_to_the_same_side(
+    scheme: Scheme, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(64, 400)).astype(np.float32)
+    inputs[:, :300] = 0.3047  # a background, which the sum of all values is sensitive to
+    second = np.ones((400, 8), dtype=np.float32)
+    quantizer = two_layers(tmp_path, np.eye(400, dtype=np.float32), second, inputs)
+    found = probe(quantizer, one_by_one(inputs, 64))
+    config = QuantizationConfig(scheme=scheme)
+    parameters = quantizer.activation_parameters("h", config)
+    error = parameters.dequantize(parameters.quantize(inputs)) - inputs
+    measured = np.mean(np.square(error.sum(axis=1))) / found.output_power
+    predicted = NoiseModel(quantizer, found).predict(config).rounding["h"]
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_a_gain_lies_between_those_of_the_next_steps() -> None:
+    found = GainOfStep.of({0.1: 4.0, 0.4: 1.0, 0.2: 0.0})
+    assert found.at(0.2) == pytest.approx(2.0)
+    assert (found.at(0.01), found.at(1.0)) == (pytest.approx(4.0), pytest.approx(1.0))
+    assert GainOfStep.of({0.1: 0.0}).at(0.1) == 0.0
 
 
 def test_clipping_is_probed_with_a_range_that_clips(tmp_path: Path) -> None:
@@ -356,8 +384,11 @@ def sizes_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def assert_same(found: Probe, expected: Probe) -> None:
     assert found.output_power == pytest.approx(expected.output_power, rel=1e-5)
+    assert list(found.rounding_gain) == list(expected.rounding_gain)
+    for tensor, gain in found.rounding_gain.items():
+        np.testing.assert_array_equal(gain.steps, expected.rounding_gain[tensor].steps)
+        np.testing.assert_allclose(gain.gains, expected.rounding_gain[tensor].gains, rtol=1e-4)
     for name in (
-        "rounding_gain",
         "clipping_gain",
         "clipping_scaling",
         "weight_noise",
