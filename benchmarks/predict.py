@@ -171,7 +171,7 @@ def report(frame: pd.DataFrame) -> None:
         "(rank SQNR of one before: 0.86, then 0.98; of shufflenetv1_0.5_g3 0.95 and 0.97).",
         "What is cut off below a range and above it is probed apart because of a MobileNetV3 that",
         "is not among these either, as HardSwish makes nothing of the one (rank SQNR there: 0.53",
-        "before, 0.72 now; rank agreement of cifar10_resnet20 0.94 and 0.97, of the others as",
+        "before, 0.72 then; rank agreement of cifar10_resnet20 0.94 and 0.97, of the others as",
         "before). Small models are probed with the step of each scheme because of demo, whose",
         "images have a background (rank agreement 0.94 before, 0.96 now; of cifar10_resnet8 0.96",
         "and 0.97).",

@@ -24,7 +24,6 @@ from optuna_quantune.cli_options import calibration_option
 from optuna_quantune.cli_options import data_options
 from optuna_quantune.cli_options import evaluate_option
 from optuna_quantune.cli_options import goal_options
-from optuna_quantune.cli_options import image_options
 from optuna_quantune.cli_options import input_options
 from optuna_quantune.cli_options import read_config
 from optuna_quantune.cli_options import read_evaluation
@@ -33,6 +32,7 @@ from optuna_quantune.cli_options import read_provider
 from optuna_quantune.cli_options import read_sources
 from optuna_quantune.cli_options import search_options
 from optuna_quantune.cli_options import source_option
+from optuna_quantune.cli_options import split_options
 from optuna_quantune.demo import load_demo
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import Direction
@@ -107,7 +107,7 @@ def cli() -> None:
 
 @cli.command("tune")
 @click.argument("model")
-@image_options
+@split_options
 @click.option(
     "--metric",
     metavar="NAME",
@@ -171,7 +171,7 @@ def _beside(model: str) -> str:
     show_default="the only study of the storage",
     help="Name of the study that `tune` began.",
 )
-@image_options
+@split_options
 @click.option(
     "--metric",
     metavar="MODULE:FUNCTION",

@@ -51,7 +51,7 @@ evaluate_option = click.option(
     help="In place of --metric: called with an InferenceSession, gives a number.",
 )
 # Of a command that calibrates and evaluates.
-image_options = _all_of(
+split_options = _all_of(
     click.option(
         "--labels",
         metavar="FILE",
@@ -235,7 +235,7 @@ def read_inputs(
 ) -> InputSource:
     """The inputs that the options ask for: a folder or file, or what a function gives."""
     if (path is None) == (data is None):
-        raise InputError(f"--{split}: give a folder of images, or inputs by --data")
+        raise InputError(f"--{split}: give a folder of images, or inputs by --data or in a file")
     if data is None:
         recipe = None if preprocessing is None else Preprocessing.from_json(preprocessing)
         return as_input_source(path, labels=labels, preprocessing=recipe)

@@ -64,6 +64,11 @@ def as_input_source(
     if isinstance(inputs, str | os.PathLike):
         if Path(inputs).suffix in ARRAY_SUFFIXES:
             return ArrayFile(inputs, labels=labels, preprocessing=preprocessing)
+        if Path(inputs).is_file():
+            raise InputError(
+                f"{os.fspath(inputs)}: is a file, not a folder; give a folder of images, or an "
+                ".npy or .npz file"
+            )
         if labels is not None and not isinstance(labels, str | os.PathLike):
             raise InputError(
                 f"image folder {os.fspath(inputs)}: labels must be the path of a CSV file"

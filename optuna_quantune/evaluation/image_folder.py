@@ -73,9 +73,7 @@ class ImageFolder(InputSource):
         self._folder = Path(folder)
         if not self._folder.is_dir():
             fault = "is a file, not a folder" if self._folder.exists() else "no such folder"
-            raise InputError(
-                f"{self._folder}: {fault}; give a folder of images, or an .npy or .npz file"
-            )
+            raise InputError(f"{self._folder}: {fault}; give a folder of images")
         if preprocessing is None:
             raise InputError(
                 f"{self}: images need a preprocessing (--preprocessing JSON): the model's mean, "

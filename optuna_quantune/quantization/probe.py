@@ -210,15 +210,13 @@ def probe(
                 if tensor not in clipped:
                     continue
                 value, (low, high) = batch.values[tensor], ranges[tensor]
-                for side, error in enumerate(
-                    (np.maximum(low - value, 0.0), np.minimum(high - value, 0.0))
-                ):
-                    gains = clipping[side]
+                for side, (sign, end) in enumerate(((-1, low), (1, high))):
+                    gains, error = clipping[side], _clipping_error(value, sign * end, sign)
                     if np.any(error):
                         beyond_range.add((tensor, side))
                     elif (tensor, side) not in beyond_range:
                         gains = tail[side]
-                        error = _tail_error(value, batch.size, sign=(-1, 1)[side])
+                        error = _tail_error(value, batch.size, sign)
                     if np.any(error):
                         yield _Error(gains, tensor, Disturbance(tensor, error), batch)
 
@@ -372,12 +370,19 @@ def _rounding_error(value: NDArray[np.float32], step: float) -> NDArray[np.float
     return error
 
 
-def _tail_error(value: NDArray[np.float32], inputs: int, *, sign: int) -> NDArray[np.float32]:
+def _clipping_error(
+    value: NDArray[np.float32], limit: float | NDArray[np.float32], sign: int
+) -> NDArray[np.float32]:
+    """The error when values of a sign are clipped to a magnitude."""
+    error: NDArray[np.float32] = sign * np.minimum(limit - sign * value, 0.0)
+    return error
+
+
+def _tail_error(value: NDArray[np.float32], inputs: int, sign: int) -> NDArray[np.float32]:
     """The error when of each input the largest values of a sign are clipped."""
-    rows = sign * value.reshape(inputs, -1)
-    limit = np.maximum(np.quantile(rows, 1.0 - _CLIPPED_SHARE, axis=1, keepdims=True), 0.0)
-    error: NDArray[np.float32] = (sign * np.minimum(limit - rows, 0.0)).astype(np.float32)
-    return error.reshape(value.shape)
+    rows = value.reshape(inputs, -1)
+    limit = np.quantile(sign * rows, 1.0 - _CLIPPED_SHARE, axis=1, keepdims=True)
+    return _clipping_error(rows, np.maximum(limit, np.float32(0.0)), sign).reshape(value.shape)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,9 @@ def test_other_mistakes_are_errors_that_name_the_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "nothing.npz", labels=CLASSES)
     with pytest.raises(InputError, match=r"missing.npy: cannot read"):
         as_input_source(tmp_path / "missing.npy")
+    (tmp_path / "rows.h5").touch()
+    with pytest.raises(InputError, match=r"rows.h5: is a file, not a folder; .* .npz file"):
+        as_input_source(tmp_path / "rows.h5")
     with pytest.raises(InputError, match=r"uneven.npz: the first axis .* 5 in 'x', 3 in 'y'"):
         as_input_source(tmp_path / "uneven.npz")
     with pytest.raises(InputError, match=r"nothing.npz: no inputs"):
