@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmarks import foreknowledge
 from benchmarks import machine
 from benchmarks import ranking
 from benchmarks.replay import exact_values
@@ -74,6 +75,7 @@ def write(loaded: dict[str, Table], scores: list[Score], folder: Path) -> None:
         *ranking_section(ranks, exact, ours),
         *paired_section(loaded, exact, order),
         *regret_section(curves, order),
+        *foreknowledge.section(loaded, [s.run for s in half], OURS, BUDGETS),
         *first_trial_section(loaded, exact),
         *by_table_section(summary, order, list(loaded)),
     ]

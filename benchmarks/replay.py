@@ -120,10 +120,15 @@ def exact_values(table: Table) -> NDArray[np.float64]:
 
 def halves(table: Table, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Accuracy of every configuration on a random half of the inputs, and on the other half."""
-    correct = table.all_correct
-    order = np.random.default_rng(seed).permutation(correct.shape[1])
+    seen, hidden = inputs_of_halves(table, seed)
+    return table.all_correct[:, seen].mean(axis=1), table.all_correct[:, hidden].mean(axis=1)
+
+
+def inputs_of_halves(table: Table, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of the inputs in a random half, and in the other half."""
+    order = np.random.default_rng(seed).permutation(table.all_correct.shape[1])
     middle = len(order) // 2
-    return correct[:, order[:middle]].mean(axis=1), correct[:, order[middle:]].mean(axis=1)
+    return order[:middle], order[middle:]
 
 
 def make(name: str, space: SearchSpace, table: Table, seed: int) -> BaseSampler:

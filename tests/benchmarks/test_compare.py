@@ -17,6 +17,7 @@ from optuna_quantune.space import SearchSpace
 pytest.importorskip("matplotlib", reason="needs the extra 'benchmarks'")
 
 from benchmarks import compare
+from benchmarks import foreknowledge
 from benchmarks import ranking
 from benchmarks import replay
 from benchmarks import runs
@@ -271,6 +272,39 @@ def test_the_report_ranks_and_draws(three_tables: dict[str, Table], tmp_path: Pa
     paired = text.split("| minus quantune+features |")[1].split("\n\n")[0]
     cell = next(line for line in paired.splitlines() if line.startswith("| qmc |")).split("|")[2]
     assert float(cell.split()[0]) == pytest.approx(100 * (qmc - ours), abs=5e-4)
+
+
+def test_an_oracle_of_the_other_half_is_judged_as_a_run_is(three_tables: dict[str, Table]) -> None:
+    table = three_tables["squeezenet1_1"]
+    seen, hidden = replay.inputs_of_halves(table, 3)
+    assert sorted([*seen, *hidden]) == list(range(INPUTS))
+    correct = table.all_correct
+    order = foreknowledge.order_of_oracle(table, 3)
+    assert sorted(order) == list(range(len(correct)))
+    assert np.all(np.diff(correct[order][:, hidden].sum(axis=1)) <= 0)
+    regret = foreknowledge.regret_on_the_seen_half(table, 3, order)
+    lead = correct[:, seen].mean(axis=1).max() - correct[order[:3]][:, seen].mean(axis=1).max()
+    assert regret[2] == pytest.approx(100 * lead)
+    assert regret[-1] == 0
+    best, worst = (int(f(correct[:, seen].sum(axis=1))) for f in (np.argmax, np.argmin))
+    assert not foreknowledge.is_told_apart(table, 3, best)
+    assert foreknowledge.is_told_apart(table, 3, worst)
+
+
+def test_the_oracle_stands_beside_ours(three_tables: dict[str, Table]) -> None:
+    half = [
+        Run(name, "", sampler, "half", 0, tuple(range(start, start + 25)), (1.0,) * 25)
+        for name in three_tables
+        for sampler, start in (("quantune", 0), ("gp", 50))
+    ]
+    text = "\n".join(foreknowledge.section(three_tables, half, ["quantune"], (1, 3)))
+    expected = np.mean(
+        [foreknowledge.regret_on_the_seen_half(t, 0, range(3))[2] for t in three_tables.values()]
+    )
+    cells = next(line for line in text.splitlines() if line.startswith("| quantune |")).split("|")
+    assert float(cells[3]) == pytest.approx(expected, abs=0.005)
+    assert f"| {foreknowledge.ORACLE} |" in text
+    assert "| gp |" not in text
 
 
 def test_ranks_are_those_of_a_worked_example() -> None:
