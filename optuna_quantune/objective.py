@@ -61,6 +61,7 @@ from optuna_quantune.ladder import RANKS
 from optuna_quantune.output_file import write_model
 from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.config import QuantizationConfig
+from optuna_quantune.quantization.measurable_outputs import with_measurable_outputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import NoisePrediction
@@ -200,10 +201,10 @@ class QuantizationObjective:
         if providers is not None:
             check_providers(providers)
             self.target = dataclasses.replace(self.target, providers=tuple(providers))
-        if not any(spec.dtype.kind == "f" for spec in self.model.outputs):
+        if not any(o.dtype.kind == "f" for o in with_measurable_outputs(self.model).outputs):
             raise InputError(
-                f"model {model}: has no output of real numbers, so that noise cannot be measured "
-                "there; cut it before the step that selects (ArgMax, for instance)"
+                f"model {model}: neither an output nor what an output is selected from is of real "
+                "numbers, so that noise cannot be measured"
             )
         specs = [InputSpec(i.name, i.shape, i.dtype) for i in self.model.inputs]
         self.calibration = calibration.bind(specs)

@@ -37,7 +37,7 @@ class Summary:
         all_inputs: Float and quantized model on all evaluation inputs.
         held_out: The same on the inputs that took no part in the selection, if there are any.
         latency: Batch-1 latency beside the float model.
-        float_bytes: Size of the float model's file.
+        float_bytes: Size of the float model's file, with external data.
         quantized_bytes: Size of the quantized model's file.
         seconds: Wall-clock time of the search.
         remarks: What must not be overlooked, a sentence each.

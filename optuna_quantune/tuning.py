@@ -88,7 +88,7 @@ class TuningResult:
         held_out: The same on the inputs that took no part in the selection; None if there were too
             few to split.
         latency: Batch-1 latency beside the float model, measured once more.
-        float_bytes: Size of the float model's file.
+        float_bytes: Size of the float model's file, with external data.
         quantized_bytes: Size of the quantized model's file.
         seconds: Wall-clock time of the whole run.
         interrupted: Whether Ctrl-C ended the search.
@@ -316,7 +316,7 @@ def tune(
         all_inputs=all_inputs,
         held_out=unseen,
         latency=latency,
-        float_bytes=objective.model.path.stat().st_size,
+        float_bytes=objective.model.file_bytes,
         quantized_bytes=len(data),
         seconds=time.perf_counter() - start,
         interrupted=interrupted,

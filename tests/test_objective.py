@@ -238,6 +238,23 @@ def test_a_float_model_near_chance_is_reported(
     assert "preprocessing" in caplog.text
 
 
+def test_a_float_model_that_predicts_one_class_is_reported(
+    toy_model: Path, toy_inputs: NDArray[np.float32], caplog: pytest.LogCaptureFixture
+) -> None:
+    same = np.repeat(toy_inputs[:1], 30, axis=0)
+    given = outputs_of(toy_model, same[:1]).argmax()
+    for inputs, is_said in ((same, True), (toy_inputs, False)):
+        caplog.clear()
+        objective = QuantizationObjective(
+            toy_model,
+            calibration=ArrayInputs(toy_inputs),
+            evaluation=ArrayInputs(inputs),
+            cache=None,
+        )
+        _ = objective.float_evaluation
+        assert (f"predicts class {given} for all 30 inputs" in caplog.text) == is_said
+
+
 def add_mean_of_batch(graph: onnx.GraphProto) -> None:
     graph.node[-1].output[0] = "own"
     graph.node.append(helper.make_node("ReduceMean", ["own"], ["shared"], axes=[0], keepdims=1))

@@ -170,15 +170,10 @@ class Evaluator:
                 f"metric {self._metric.name!r}: fails for the float model: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        top1 = evaluation.measurement.top1
-        if top1 is not None:
-            n, classes = class_scores(evaluation.outputs).shape
-            if near_chance(top1, n, classes):
-                _logger.warning(
-                    f"The float model's top-1 accuracy is {top1:.1%} on {n} inputs, near chance "
-                    f"for {classes} classes. The preprocessing (mean, std, scale, channel order, "
-                    "crop) or the labels probably do not belong to this model."
-                )
+        if evaluation.measurement.top1 is not None:
+            _warn_near_chance(evaluation.measurement.top1, class_scores(evaluation.outputs))
+        elif self._metric.of_classes:
+            _warn_of_one_class(class_scores(evaluation.outputs))
         return evaluation
 
     def evaluate(self, model: bytes | Path, on_batch: OnBatch | None = None) -> Evaluation:
@@ -345,3 +340,23 @@ def _joined(name: str, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
             "(evaluate=)"
         )
     return np.concatenate(batches)
+
+
+def _warn_near_chance(top1: float, scores: NDArray[Any]) -> None:
+    n, classes = scores.shape
+    if near_chance(top1, n, classes):
+        _logger.warning(
+            f"The float model's top-1 accuracy is {top1:.1%} on {n} inputs, near chance "
+            f"for {classes} classes. The preprocessing (mean, std, scale, channel order, "
+            "crop) or the labels probably do not belong to this model."
+        )
+
+
+def _warn_of_one_class(scores: NDArray[Any]) -> None:
+    predicted = np.unique(scores.argmax(axis=1))
+    if len(predicted) == 1 and len(scores) > 1:
+        _logger.warning(
+            f"The float model predicts class {predicted[0]} for all {len(scores)} inputs, so that "
+            "agreement with it tells little. The inputs or their preprocessing probably do not "
+            "belong to this model; if they do, the metric sqnr_db tells more."
+        )

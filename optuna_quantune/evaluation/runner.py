@@ -223,7 +223,8 @@ def iterate(
             if np.ndim(result) == 0 or len(result) != rows + padding:
                 raise InputError(
                     f"the model's output {name!r} has the shape {np.shape(result)} for a batch of "
-                    f"{rows + padding}: it has no batch axis"
+                    f"{rows + padding}: it has no batch axis; measure it with a loop of your own "
+                    "(evaluate=)"
                 )
         return [result[:rows] for result in results]
 

@@ -67,14 +67,18 @@ class GraphView:
 def reads(node: onnx.NodeProto) -> list[str]:
     """Names of the tensors that a node, or a graph within it (of If, Loop, Scan), needs."""
     names = list(node.input)
-    for attribute in node.attribute:
-        if attribute.type in _GRAPHS:
-            for graph in (attribute.g, *attribute.graphs):
-                own = {name for inner in graph.node for name in inner.output}
-                own |= {value.name for value in (*graph.input, *graph.initializer)}
-                names += [n for inner in graph.node for n in reads(inner) if n not in own]
-                names += [output.name for output in graph.output if output.name not in own]
+    for graph in inner_graphs(node):
+        own = {name for inner in graph.node for name in inner.output}
+        own |= {value.name for value in (*graph.input, *graph.initializer)}
+        names += [n for inner in graph.node for n in reads(inner) if n not in own]
+        names += [output.name for output in graph.output if output.name not in own]
     return names
+
+
+def inner_graphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs within a node (of If, Loop, Scan)."""
+    attributes = [attribute for attribute in node.attribute if attribute.type in _GRAPHS]
+    return [graph for a in attributes for graph in ([a.g] if a.HasField("g") else a.graphs)]
 
 
 def is_sorted(graph: onnx.GraphProto) -> bool:
@@ -183,10 +187,8 @@ def rename_tensors(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
         for field in (node.input, node.output):
             for position, name in enumerate(field):
                 field[position] = names.get(name, name)
-        for attribute in node.attribute:
-            if attribute.type in _GRAPHS:
-                for inner in (attribute.g, *attribute.graphs):
-                    rename_tensors(inner, names)
+        for inner in inner_graphs(node):
+            rename_tensors(inner, names)
     for message in (*graph.initializer, *graph.value_info):
         message.name = names.get(message.name, message.name)
 

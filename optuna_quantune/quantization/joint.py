@@ -30,6 +30,7 @@ from optuna_quantune.pipeline import ordered_map
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.disturbance import behind
 from optuna_quantune.quantization.disturbance import Insertion
+from optuna_quantune.quantization.measurable_outputs import with_measurable_outputs
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.session import make_session
@@ -85,7 +86,7 @@ class JointNoise:
     ) -> None:
         self._workers = threads or available_cores()
         self._quantizer = quantizer
-        self._model = quantizer.model
+        self._model = with_measurable_outputs(quantizer.model)
         first = math.ceil(_FIRST * len(inputs))
         self._feeds = [
             self._in_batches(part) if self._model.takes_batches and alike(inputs) else part

@@ -128,6 +128,7 @@ class FloatModel:
 
     Attributes:
         path: The file that the model was read from.
+        file_bytes: Size of that file and of those that have its external data.
         proto: The prepared graph: shapes inferred, constants folded, every node named.
         fingerprint: SHA-256 of `proto`, hexadecimal.
         inputs: The model's inputs, initializers excluded.
@@ -137,6 +138,7 @@ class FloatModel:
     """
 
     path: Path
+    file_bytes: int
     proto: onnx.ModelProto
     fingerprint: str
     inputs: tuple[TensorSpec, ...]
@@ -172,7 +174,9 @@ def load_float_model(path: str | Path) -> FloatModel:
     if not path.is_file():
         raise InputError(f"model {path}: no such file")
     try:
-        source = onnx.load(path)
+        source = onnx.load(path, load_external_data=False)
+        file_bytes = path.stat().st_size + _external_bytes(source, path.parent)
+        onnx.load_external_data_for_model(source, str(path.parent))
         in_order = is_sorted(source.graph)
         if not in_order:  # which ONNX Runtime takes, the checker does not
             sort_nodes(source.graph)
@@ -180,7 +184,7 @@ def load_float_model(path: str | Path) -> FloatModel:
             onnx.checker.check_model(str(path))
         else:  # nor does it take outputs without type or shape
             source = onnx.shape_inference.infer_shapes(source)
-            onnx.checker.check_model(source)
+            onnx.checker.check_model(_with_any_shape(source))
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "unreadable")
         raise InputError(
@@ -199,13 +203,34 @@ def load_float_model(path: str | Path) -> FloatModel:
     names = {name for layer in layers for name in (layer.weight, layer.bias) if name}
     return FloatModel(
         path=path,
+        file_bytes=file_bytes,
         proto=proto,
         fingerprint=hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest(),
-        inputs=tuple(_spec(i) for i in proto.graph.input if i.name not in initializers),
-        outputs=tuple(_spec(o) for o in proto.graph.output),
+        inputs=tuple(tensor_spec(i) for i in proto.graph.input if i.name not in initializers),
+        outputs=tuple(tensor_spec(o) for o in proto.graph.output),
         layers=layers,
         weights={name: numpy_helper.to_array(initializers[name]) for name in sorted(names)},
     )
+
+
+def _with_any_shape(source: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for the checker: outputs of no known rank, which ONNX Runtime takes, get one."""
+    copy = copy_of(source)
+    for output in copy.graph.output:
+        if not output.type.tensor_type.HasField("shape"):
+            output.type.tensor_type.shape.SetInParent()
+    return copy
+
+
+def _external_bytes(source: onnx.ModelProto, folder: Path) -> int:
+    """Size of the files beside a model that have its weights, before these are loaded."""
+    files = {
+        entry.value
+        for tensor in source.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sum((folder / name).stat().st_size for name in files)
 
 
 def recurrent_share(model: FloatModel) -> float:
@@ -275,6 +300,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
                 f"model {path}: ONNX Runtime cannot prepare it for quantization ({reason})"
             ) from error
     _remove_dead_nodes(proto.graph)
+    _remove_notes(proto.graph)
     _name_nodes(proto.graph)
     _free_names(proto.graph, path)
     _separate_weights(proto.graph)
@@ -307,6 +333,17 @@ def _remove_dead_nodes(graph: onnx.GraphProto) -> None:
             alive.append(node)
             needed.update(reads(node))
     refill(graph.node, reversed(alive))
+
+
+def _remove_notes(graph: onnx.GraphProto) -> None:
+    """Removes what an exporter notes of single nodes and tensors, as where in its source they are.
+
+    For nodes that are fused, folded and quantized it is true no longer, and of a small model that
+    PyTorch exports it is a seventh of the quantized file. What is noted of the model stays.
+    """
+    for message in (*graph.node, *graph.value_info, *graph.initializer):
+        message.ClearField("metadata_props")
+        message.ClearField("doc_string")
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
@@ -494,7 +531,8 @@ def channel_axis(node: onnx.NodeProto, rank: int) -> int:
     return rank - 1
 
 
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    """What a graph declares of a tensor."""
     tensor = value.type.tensor_type
     shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
     return TensorSpec(

@@ -37,6 +37,7 @@ from optuna_quantune.quantization.disturbance import Values
 from optuna_quantune.quantization.joint import alike
 from optuna_quantune.quantization.joint import joined
 from optuna_quantune.quantization.joint import JointNoise
+from optuna_quantune.quantization.measurable_outputs import with_measurable_outputs
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.statistics import Histogram
@@ -155,7 +156,7 @@ def probe(
     Raises:
         InputError: If an output changes its shape with a little noise.
     """
-    model, ranges = quantizer.model, quantizer.clipping_ranges()
+    model, ranges = with_measurable_outputs(quantizer.model), quantizer.clipping_ranges()
     tensors, weights = list(ranges), _weights(quantizer, PROBED)
     disturbable = DisturbableModel(model, tensors, weights)
     queue = iter(inputs)

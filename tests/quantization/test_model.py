@@ -118,6 +118,39 @@ def test_truncated_or_foreign_files_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_weights_in_a_file_of_their_own_belong_to_the_model(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "apart.onnx"
+    onnx.save(
+        onnx.load(toy_model), path, save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    apart, whole = load_float_model(path), load_float_model(toy_model)
+    np.testing.assert_equal(apart.weights, whole.weights)
+    assert apart.file_bytes == path.stat().st_size + (tmp_path / "w.bin").stat().st_size
+    assert path.stat().st_size < whole.file_bytes == toy_model.stat().st_size
+    (tmp_path / "w.bin").unlink()
+    with pytest.raises(InputError, match=r"apart\.onnx: .*w\.bin"):
+        load_float_model(path)
+
+
+def test_what_an_exporter_notes_of_single_nodes_is_not_kept(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    noted = onnx.load(toy_model)
+    helper.set_model_props(noted, {"author": "someone"})
+    for node in noted.graph.node:
+        node.metadata_props.add(key="stack_trace", value="File model.py, line 10 " * 50)
+        node.doc_string = "File model.py, line 10 " * 50
+    path = tmp_path / "noted.onnx"
+    onnx.save(noted, path)
+    bare, prepared = load_float_model(toy_model), load_float_model(path)
+    assert prepared.proto.graph == bare.proto.graph
+    assert {"author": "someone"}.items() <= {
+        entry.key: entry.value for entry in prepared.proto.metadata_props
+    }.items()
+
+
 def test_quantized_models_are_refused(tmp_path: Path, quantizer: Quantizer) -> None:
     path = tmp_path / "int8.onnx"
     onnx.save(quantizer.quantize(QuantizationConfig()).proto, path)

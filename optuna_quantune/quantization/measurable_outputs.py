@@ -1,0 +1,99 @@
+"""Where the noise of a model can be measured whose outputs are a selection, as a detector's are.
+
+A non-maximum suppression gives as many boxes as it likes, and an ArgMax gives integers: a little
+noise in front of them changes nothing, or the number of values. Noise is measured then on the
+real numbers that the selection is made by and made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
+
+import onnx
+
+from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import inner_graphs
+from optuna_quantune.quantization.graph import reads
+from optuna_quantune.quantization.graph import refill
+from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import tensor_spec
+
+
+# The number of their values depends on the values that they read.
+_SELECTING: Final = frozenset({"NonMaxSuppression", "NonZero", "Unique", "Compress"})
+# What they give depends on no value, but on the shape alone.
+_OF_SHAPE: Final = frozenset({"Shape", "Size"})
+
+
+def with_measurable_outputs(model: FloatModel) -> FloatModel:
+    """The model with outputs of real numbers that are no selection; itself if it has these.
+
+    Outputs behind a selection, and those of integers where there are no others, give way to the
+    last tensors of real numbers before it. What is computed behind these has no noise.
+
+    Args:
+        model: The float model.
+
+    Returns:
+        The same nodes and layers with other outputs; the model itself if nothing must change or
+        nothing can be measured.
+    """
+    graph = model.proto.graph
+    varying, selected = _varying_and_selected(graph)
+    real = {v.name: v for v in (*graph.value_info, *graph.output) if _is_real(v)}
+    kept = [o.name for o in graph.output if o.name in real and o.name not in selected]
+    lost = [o.name for o in graph.output if o.name in selected or not kept]
+    if not lost:
+        return model
+    found = [*kept, *_before(lost, graph, varying & real.keys() - selected)]
+    outputs = [real[name] for name in dict.fromkeys(found)]
+    if not outputs:
+        return model
+    proto = copy_of(model.proto)
+    refill(proto.graph.output, outputs)
+    return replace(model, proto=proto, outputs=tuple(tensor_spec(value) for value in outputs))
+
+
+def _varying_and_selected(graph: onnx.GraphProto) -> tuple[set[str], set[str]]:
+    """Tensors that depend on the values of inputs, and those whose shapes may do so."""
+    constants = {tensor.name for tensor in graph.initializer}
+    varying = {value.name for value in graph.input} - constants
+    selected: set[str] = set()
+    for node in graph.node:
+        read = set(reads(node))
+        if not read.isdisjoint(selected if node.op_type in _OF_SHAPE else varying):
+            varying.update(node.output)
+            if _selects(node) or not read.isdisjoint(selected):
+                selected.update(node.output)
+    return varying, selected
+
+
+def _selects(node: onnx.NodeProto) -> bool:
+    """Whether a node, or one of the graphs within it, gives as many values as it likes."""
+    return node.op_type in _SELECTING or any(
+        _selects(inner) for graph in inner_graphs(node) for inner in graph.node
+    )
+
+
+def _before(lost: Iterable[str], graph: onnx.GraphProto, points: set[str]) -> list[str]:
+    """Those of `points` that stand nearest before some outputs, the last first."""
+    writers = GraphView(graph).writers
+    found: dict[str, None] = {}
+    seen = set(lost)
+    queue = list(lost)
+    while queue:
+        writer = writers.get(queue.pop())
+        for name in () if writer is None else reads(writer):
+            if name in points and name in writers:
+                found[name] = None
+            elif name not in seen:
+                seen.add(name)
+                queue.append(name)
+    return list(found)
+
+
+def _is_real(value: onnx.ValueInfoProto) -> bool:
+    return value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
