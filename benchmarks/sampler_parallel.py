@@ -7,8 +7,10 @@ the recorded ones on random halves of their inputs, where it knows what is predi
 with what was recorded of models of other families, which `tune` knows, too. Four trials are
 always running: whenever the oldest ends, the next is asked for, as four equal workers would.
 Regret is counted after as many finished trials as the search with one worker has. The n-th trial
-to finish was chosen when at most n - 4 values were known, where one worker knows n - 1; the last
-line of the result says how many trials of one worker are worth as much.
+to finish was chosen when at most n - 4 values were known, where one worker knows n - 1: beside the
+ratio of the regrets stands the one that is lost by that alone, of one worker three trials earlier,
+and how many trials of one worker are worth as much. Runs are kept, and only missing ones are made;
+delete `runs.csv` after a change of the sampler or of the tables.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import sys
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +53,6 @@ class Problem:
     """A table to search.
 
     Attributes:
-        kind: What is known beforehand.
-        name: Which one of its kind.
         space: Its knobs.
         sampler: The sampler.
         value: What a configuration is worth, to be maximized.
@@ -59,8 +60,6 @@ class Problem:
         worst: The value of the worst one.
     """
 
-    kind: str
-    name: str
     space: Mapping[str, BaseDistribution]
     sampler: BaseSampler
     value: Callable[[Mapping[str, Any]], float]
@@ -75,24 +74,35 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    rows = []
-    for make_problem, names in (
-        (synthetic, tuple(synthetic_tables.FAMILIES)),
-        (partial(recorded, "quantune+features"), tables.complete()),
-        (partial(recorded, "quantune+transfer"), tables.complete()),
-    ):
+    file = RESULTS / "runs.csv"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    frame = pd.read_csv(file) if file.exists() else pd.DataFrame()
+    done = set() if frame.empty else set(zip(frame.tables, frame.name, frame.seed, strict=True))
+    kinds: dict[str, tuple[Callable[[str, int], Problem], list[str]]] = {
+        "synthetic, cold": (synthetic, list(synthetic_tables.FAMILIES))
+    }
+    for sampler in ("quantune+features", "quantune+transfer"):
+        kinds[f"recorded, {sampler}"] = (partial(recorded, sampler), tables.complete())
+    for kind, (make_problem, names) in kinds.items():
         for name in names:
-            for seed in range(arguments.seeds):
-                for n_workers in (1, 4):
-                    problem = make_problem(name, seed)
-                    regret, n_repeated = search(problem, n_workers)
-                    rows += [
-                        {"tables": problem.kind, "name": name, "seed": seed, "workers": n_workers}
-                        | {"trials": 1 + n, "regret": regret[n], "repeated": n_repeated}
-                        for n in range(max(BUDGETS))
-                    ]
-            print(name, flush=True)
-    write(pd.DataFrame(rows))
+            seeds = [n for n in range(arguments.seeds) if (kind, name, n) not in done]
+            rows = [
+                {"tables": kind, "name": name, "seed": seed, **row}
+                for seed in seeds
+                for row in one_and_four_workers(partial(make_problem, name, seed))
+            ]
+            frame = pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
+            frame.to_csv(file, index=False, float_format="%.6g")
+            print(f"{kind}: {name}", flush=True)
+    write(frame)
+
+
+def one_and_four_workers(make_problem: Callable[[], Problem]) -> Iterator[dict[str, float]]:
+    """Regret of both searches after each trial."""
+    for n_workers in (1, 4):
+        regret, n_repeated = search(make_problem(), n_workers)
+        for n, value in enumerate(regret, start=1):
+            yield {"workers": n_workers, "trials": n, "regret": value, "repeated": n_repeated}
 
 
 def synthetic(family: str, seed: int) -> Problem:
@@ -105,7 +115,7 @@ def synthetic(family: str, seed: int) -> Problem:
         return -float(table.regret[index])
 
     sampler = QuantuneSampler(space, seed=seed)
-    return Problem("synthetic, cold", family, space, sampler, value, 0.0, -1.0)
+    return Problem(space, sampler, value, 0.0, -1.0)
 
 
 def recorded(sampler: str, name: str, seed: int) -> Problem:
@@ -121,8 +131,7 @@ def recorded(sampler: str, name: str, seed: int) -> Problem:
         return float(values[table.key(dict(params))])
 
     best, worst = float(values.max()), float(values.min())
-    kind = f"recorded, {sampler}"
-    return Problem(kind, name, space, make(sampler, space, table, seed), value, best, worst)
+    return Problem(space, make(sampler, space, table, seed), value, best, worst)
 
 
 def search(problem: Problem, n_workers: int) -> tuple[NDArray[np.float64], int]:
@@ -143,9 +152,7 @@ def search(problem: Problem, n_workers: int) -> tuple[NDArray[np.float64], int]:
 
 
 def write(frame: pd.DataFrame) -> None:
-    """Mean regret by number of workers as CSV and Markdown."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(RESULTS / "runs.csv", index=False, float_format="%.6g")
+    """Mean regret by number of workers as Markdown."""
     lines = [
         "# Four workers against one",
         "",
@@ -184,6 +191,11 @@ def section(kind: str, frame: pd.DataFrame) -> list[str]:
         f"{mean.loc[4, b] / mean.loc[1, b]:.2f}" if mean.loc[1, b] > 0.0 else "-" for b in BUDGETS
     ]
     lines.append("| ratio | " + " | ".join(cells) + " |")
+    cells = [
+        f"{mean.loc[1, b - 3] / mean.loc[1, b]:.2f}" if mean.loc[1, b] > 0.0 else "-"
+        for b in BUDGETS
+    ]
+    lines.append("| of one worker three trials earlier | " + " | ".join(cells) + " |")
     cells = [f"{_equal_trials(mean.loc[1], mean.loc[4, b]):.1f}" for b in BUDGETS]
     lines.append("| as much as one worker after | " + " | ".join(cells) + " |")
     return [*lines, ""]

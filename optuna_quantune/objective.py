@@ -216,6 +216,13 @@ class QuantizationObjective:
         self.chosen_metric = ChosenMetric.of(
             metric, evaluate, direction, labels=self.evaluation.labels is not None
         )
+        if not self.chosen_metric.is_own and not any(
+            output.dtype.kind == "f" for output in self.model.outputs
+        ):
+            raise InputError(
+                f"metric {self.metric!r}: compares real numbers, and the outputs of {model} are "
+                "none; give a metric of your own"
+            )
         self.goals = Goals(tuple(objectives), max_accuracy_drop, max_latency, max_size)
         if "latency" in self.goals.objectives or max_latency is not None:
             self.target.check_latency()

@@ -299,8 +299,13 @@ def _shape_fits(given: tuple[int | None, ...], wanted: tuple[int | None, ...]) -
 def _shape_advice(
     source: InputSource, given: tuple[int | None, ...], wanted: tuple[int | None, ...]
 ) -> str:
-    if len(given) == 4 and given[1:] in ((*wanted[2:], wanted[1]), (wanted[3], *wanted[1:3])):
+    if len(given) == len(wanted) == 4 and given[1:] in (
+        (*wanted[2:], wanted[1]),
+        (wanted[3], *wanted[1:3]),
+    ):
         return "; the channel axis is in another place (NCHW or NHWC)"
+    if _shape_fits(given, (1, *wanted)):
+        return "; the model has no axis for batches: put a Squeeze of axis 0 behind its input"
     return f"; {source.shape_advice}" if source.shape_advice else ""
 
 

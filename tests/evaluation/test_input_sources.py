@@ -139,6 +139,8 @@ def test_binding_checks_shapes_and_types(source: InputSource) -> None:
         source.bind([x, InputSpec("y", (None, 4), FLOAT32)])
     with pytest.raises(InputError, match=r"\(batch, 3\), the model wants float32 \(batch, 3, any"):
         source.bind([x, InputSpec("y", (None, 3, None), FLOAT32)])
+    with pytest.raises(InputError, match=r"no axis for batches: put a Squeeze"):
+        source.bind([x, InputSpec("y", (3,), FLOAT32)])
     with pytest.raises(InputError, match="wrong element type .* 'y': float32, .* int64"):
         source.bind([x, InputSpec("y", (None, 3), np.dtype(np.int64))])
 

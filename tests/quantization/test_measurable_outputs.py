@@ -55,6 +55,7 @@ def save(
         "b1": rng.standard_normal(8).astype(np.float32),
         "w2": rng.standard_normal((channels, 8, 1, 1)).astype(np.float32),
         "w3": rng.standard_normal((1, 4)).astype(np.float32),
+        "w4": rng.standard_normal((4, 2)).astype(np.float32),
         "places": np.array([1, 8, -1]),
         "most": np.array([20]),
         "overlap": np.array([0.5], np.float32),
@@ -198,11 +199,42 @@ def test_what_is_computed_behind_a_selection_has_no_noise(tmp_path: Path) -> Non
     assert of_layers[2] == 0
 
 
-def test_without_real_numbers_anywhere_one_error_says_so(tmp_path: Path) -> None:
+def test_classes_need_a_metric_of_ones_own(tmp_path: Path) -> None:
+    path = save(CLASSES, tmp_path / "classes.onnx", {"y": TensorProto.INT64})
+    for metric in ("agreement", "sqnr_db"):
+        with pytest.raises(InputError, match="give a metric of your own"):
+            QuantizationObjective(
+                path,
+                calibration=ArrayInputs(inputs),
+                evaluation=ArrayInputs(inputs),
+                metric=metric,
+                cache=None,
+            )
+
+    def same(classes: NDArray[np.int64], reference: NDArray[np.int64]) -> float:
+        return float(np.mean(classes == reference))
+
+    objective = QuantizationObjective(
+        path,
+        calibration=ArrayInputs(inputs),
+        evaluation=ArrayInputs(inputs),
+        metric=same,
+        cache=None,
+    )
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({**next(objective.space.grid()), "calibration_images": "all"})
+    study.optimize(objective, n_trials=1)
+    assert 0.9 < study.best_value <= 1.0
+
+
+def test_where_all_layers_are_behind_a_selection_one_error_says_so(tmp_path: Path) -> None:
     nodes = [
-        *FEATURES,
-        make("Shape", ["map"], ["y"], "shape"),
+        make("NonZero", ["x"], ["places_of_x"], "nonzero"),
+        make("Cast", ["places_of_x"], ["numbers"], "cast", to=TensorProto.FLOAT),
+        make("Transpose", ["numbers"], ["rows"], "transpose"),
+        make("MatMul", ["rows", "w4"], ["product"], "layer"),
+        make("ArgMax", ["product"], ["y"], "argmax", axis=1),
     ]
-    path = save(nodes, tmp_path / "shape.onnx", {"y": TensorProto.INT64})
-    with pytest.raises(InputError):
+    path = save(nodes, tmp_path / "selected.onnx", {"y": TensorProto.INT64})
+    with pytest.raises(InputError, match="neither an output nor what an output is selected from"):
         QuantizationObjective(path, calibration=ArrayInputs(inputs), evaluate=lambda s: 1.0)
