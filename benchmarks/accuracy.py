@@ -61,7 +61,6 @@ from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
 from optuna_quantune.quantization.config import MixedPrecision
 from optuna_quantune.quantization.config import QuantizationConfig
-from optuna_quantune.quantization.processor import detect_vnni
 from optuna_quantune.quantization.sensitivity import LONGEST_ORDER
 from optuna_quantune.selection import AGREES_KEY
 from optuna_quantune.selection import little_noise
@@ -118,9 +117,7 @@ def main() -> None:
 
 def results_of(target: str) -> str:
     """The folder of a target's results."""
-    if target != "cpu":
-        return f"accuracy_{target}"
-    return "accuracy" if detect_vnni() is not False else "accuracy_without_vnni"
+    return machine.results_of("accuracy") if target == "cpu" else f"accuracy_{target}"
 
 
 def run(name: str, space: str, arguments: argparse.Namespace) -> dict[str, Any]:

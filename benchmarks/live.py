@@ -41,11 +41,9 @@ from benchmarks.live_report import write
 from benchmarks.onnxruntime_user import grid
 from benchmarks.onnxruntime_user import kinds_of_cost
 from benchmarks.peers.task import Task
-from optuna_quantune.quantization.processor import detect_vnni
 
 
-_RESULTS = Path(__file__).parent / "results"
-RESULTS = _RESULTS / ("live" if detect_vnni() is not False else "live_without_vnni")
+RESULTS = Path(__file__).parent / "results" / machine.results_of("live")
 # The searches that the paper compares, by their factory here.
 OTHERS = {
     "random": "baselines.random:create",

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from optuna_quantune.quantization.processor import detect_vnni
+
 
 PACKAGES = ("onnxruntime", "onnx", "optuna", "xgboost-cpu", "numpy", "optuna-quantune")
 
@@ -31,6 +33,11 @@ def describe() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         **versions,
     }
+
+
+def results_of(benchmark: str) -> str:
+    """The folder of a benchmark's results: processors without VNNI have one of their own."""
+    return benchmark if detect_vnni() is not False else f"{benchmark}_without_vnni"
 
 
 def as_markdown(description: dict[str, str]) -> str:

@@ -355,7 +355,7 @@ class NoiseModel:
         self, tensor: str, parameters: QuantizationParameters
     ) -> tuple[float, Sides]:
         histogram = self._quantizer.statistics.histogram(tensor, ALL_IMAGES)
-        return quantization_error(histogram, float(parameters.scale), *_ends(parameters))
+        return rounding_and_clipping_error(histogram, float(parameters.scale), *_ends(parameters))
 
     def _weight_noise(self, config: QuantizationConfig) -> Mapping[str, float]:
         key = replace(
@@ -408,7 +408,7 @@ def _ends(parameters: QuantizationParameters) -> tuple[float, float]:
     return scale * (parameters.lowest - zero_point), scale * (parameters.highest - zero_point)
 
 
-def quantization_error(
+def rounding_and_clipping_error(
     histogram: Histogram, scale: float, low: float, high: float
 ) -> tuple[float, Sides]:
     """Mean squared rounding and clipping error of values quantized over a range.

@@ -27,7 +27,7 @@ from optuna_quantune.quantization.noise import ADDITIVE
 from optuna_quantune.quantization.noise import layer_error
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
-from optuna_quantune.quantization.noise import quantization_error
+from optuna_quantune.quantization.noise import rounding_and_clipping_error
 from optuna_quantune.quantization.noise import Saturation
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.probe import probe
@@ -45,7 +45,7 @@ def test_expected_error_is_the_error_of_really_quantizing(clip: float, levels: i
     scale = 2 * clip / levels
     integers = np.clip(np.rint(values / scale), -(levels // 2), levels // 2)
     low, high = -scale * (levels // 2), scale * (levels // 2)
-    rounding, cut_off = quantization_error(histogram, scale, low, high)
+    rounding, cut_off = rounding_and_clipping_error(histogram, scale, low, high)
     clipping = sum(cut_off)
     assert rounding + clipping == pytest.approx(
         np.mean(np.square(integers * scale - values)), rel=0.03
@@ -60,7 +60,9 @@ def test_many_values_that_are_the_same_lose_what_one_loses(scale: float) -> None
     values = np.repeat(np.array([0.72, -0.31, 0.2501], dtype=np.float32), [5000, 3000, 100])
     accumulator = Accumulator()
     accumulator.add(values)
-    rounding, cut_off = quantization_error(accumulator.counts().histogram(), scale, -1.0, 1.0)
+    rounding, cut_off = rounding_and_clipping_error(
+        accumulator.counts().histogram(), scale, -1.0, 1.0
+    )
     exact = np.mean(np.square(np.rint(values / scale) * scale - values))
     # As far as the histogram tells where they are.
     assert rounding == pytest.approx(exact, rel=0.1, abs=0.02 * scale**2 / 12)
@@ -72,7 +74,7 @@ def test_what_a_range_without_negative_values_cuts_off_is_no_rounding() -> None:
     accumulator = Accumulator()
     accumulator.add(values)
     scale = 0.5
-    rounding, cut_off = quantization_error(
+    rounding, cut_off = rounding_and_clipping_error(
         accumulator.counts().histogram(), scale, 0.0, 15 * scale
     )
     error = scale * np.clip(np.rint(values / scale), 0, 15) - values
