@@ -76,6 +76,7 @@ class DisturbableModel:
     Attributes:
         names: Names of the outputs of real numbers.
         kept: Names of the values that `run` needs.
+        of_each_input: Names of the values that are looked at input by input.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class DisturbableModel:
         self._disturbed = disturbed
         self._needed = [name for name in needed if name not in self._inputs]
         self._whole = _with_outputs(model, self._needed)
+        self.of_each_input = frozenset([*self.names, *disturbed, *self._layers.inputs])
         self.kept = frozenset([*self.names, *(name for part in parts for name in part.inputs)])
 
     def start(self, feed: Values) -> Values:

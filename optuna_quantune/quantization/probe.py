@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -64,6 +65,8 @@ _CLIPPED_SHARE: Final = 1e-3
 _NEGLIGIBLE: Final = 0.003
 # Changes of an output beyond so many times its largest value count as that.
 _LARGEST_CHANGE: Final = 10.0
+# Values of an input that differ by less, of the largest, are the same beside other inputs.
+_SAME: Final = 1e-3
 # Simulations of whole configurations that are expected to be asked for, which share the budget.
 _JOINT_RUNS: Final = 64
 _FEWEST_JOINT: Final = 8
@@ -217,7 +220,7 @@ def probe(
                         beyond_range.add((tensor, side))
                     elif (tensor, side) not in beyond_range:
                         gains = tail[side]
-                        error = _tail_error(value, batch.size, sign)
+                        error = _tail_error(batch, tensor, sign)
                     if np.any(error):
                         yield _Error(gains, tensor, Disturbance(tensor, error), batch)
 
@@ -252,25 +255,39 @@ class _Batch:
     Attributes:
         values: Their values by name.
         size: How many they are.
+        leads: How the values of several inputs stand, see `_lead`; by default one behind another.
     """
 
     values: Values
     size: int
+    leads: Mapping[str, int] = field(default_factory=dict)
 
-    def rows(self, name: str) -> NDArray[np.float32]:
-        """A value, with a row for each input."""
-        rows: NDArray[np.float32] = self.values[name].reshape(self.size, -1)
+    def rows(self, name: str, value: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """A value, or what stands as it does, with a row for each input."""
+        value = self.values[name] if value is None else value
+        lead = self.leads.get(name, 1)
+        if lead == 0:
+            return np.broadcast_to(value.reshape(1, -1), (self.size, value.size))
+        parts = value.reshape(lead, self.size, -1)
+        rows: NDArray[np.float32] = parts.swapaxes(0, 1).reshape(self.size, -1)
         return rows
+
+    def from_rows(self, name: str, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What `rows` gave, in the shape of the value again."""
+        lead = self.leads.get(name, 1)
+        parts = rows[:1] if lead == 0 else rows.reshape(self.size, lead, -1).swapaxes(0, 1)
+        value: NDArray[np.float32] = parts.reshape(self.values[name].shape)
+        return value
 
     def only(self, names: Iterable[str]) -> _Batch:
         """With these values alone."""
-        return _Batch({name: self.values[name] for name in names}, self.size)
+        return replace(self, values={name: self.values[name] for name in names})
 
 
 def _batches(
     model: DisturbableModel, feeds: Sequence[Values], first: Values, size: int
 ) -> Iterator[_Batch]:
-    """Runs all inputs, `size` at a time if all that is computed has an axis for them.
+    """Runs all inputs, `size` at a time if all that is looked at is known input by input.
 
     Args:
         model: The model.
@@ -278,31 +295,48 @@ def _batches(
         first: The values of the first one.
         size: How many share a run, the last ones excepted.
     """
-    values = first
+    values, leads = first, {}
     if size > 1:
-        values = model.start(joined(feeds[:size]))
-        if not all(_is_stacked(value, first[name], size) for name, value in values.items()):
-            values, size = first, 1
-    yield _Batch(values, size)
+        together = model.start(joined(feeds[:size]))
+        found = {name: _lead(together[name], first[name], size) for name in model.of_each_input}
+        leads = {name: lead for name, lead in found.items() if lead is not None}
+        if len(leads) == len(found):
+            values = together
+        else:
+            leads, size = {}, 1
+    yield _Batch(values, size, leads)
     for start in range(size, len(feeds), size):
         part = feeds[start : start + size]
-        yield _Batch(model.start(joined(part)), len(part))
+        yield _Batch(model.start(joined(part)), len(part), leads)
 
 
-def _is_stacked(value: object, single: object, inputs: int) -> bool:
-    """Whether what is computed of several inputs stands input by input along its first axis.
+def _lead(value: object, single: object, inputs: int) -> int | None:
+    """How the values of several inputs stand in one array.
 
     Args:
-        value: What is computed; a sequence is no array.
-        single: The same of one input.
+        value: What is computed of all; a sequence is no array.
+        single: The same of the first input.
         inputs: How many they are.
+
+    Returns:
+        In how many parts the values of an input stand, with those of all inputs between one part
+        and the next: 1 where one input stands behind another, the number of tokens where tokens
+        come first. 0 where all inputs share one value, None where neither is so.
     """
-    return (
-        isinstance(value, np.ndarray)
-        and isinstance(single, np.ndarray)
-        and value.shape[:1] == (inputs,)
-        and single.shape == (1, *value.shape[1:])
-    )
+    if not (isinstance(value, np.ndarray) and isinstance(single, np.ndarray)):
+        return None
+    if value.shape[:1] == (inputs,) and single.shape == (1, *value.shape[1:]):
+        return 1
+    tolerance = _SAME * np.abs(single).max(initial=0.0)
+    if value.shape == single.shape:
+        return 0 if np.allclose(value, single, rtol=0.0, atol=tolerance) else None
+    if value.ndim != single.ndim or value.size != inputs * single.size:
+        return None
+    for lead in np.cumprod([1, *single.shape[:-1]]):
+        first = value.reshape(lead, inputs, -1)[:, 0]
+        if np.allclose(first, single.reshape(lead, -1), rtol=0.0, atol=tolerance):
+            return int(lead)
+    return None
 
 
 def _due(names: list[str], number: int, repeats: int, inputs: int) -> list[str]:
@@ -379,11 +413,12 @@ def _clipping_error(
     return error
 
 
-def _tail_error(value: NDArray[np.float32], inputs: int, sign: int) -> NDArray[np.float32]:
+def _tail_error(batch: _Batch, tensor: str, sign: int) -> NDArray[np.float32]:
     """The error when of each input the largest values of a sign are clipped."""
-    rows = value.reshape(inputs, -1)
+    rows = batch.rows(tensor)
     limit = np.quantile(sign * rows, 1.0 - _CLIPPED_SHARE, axis=1, keepdims=True)
-    return _clipping_error(rows, np.maximum(limit, np.float32(0.0)), sign).reshape(value.shape)
+    error = _clipping_error(rows, np.maximum(limit, np.float32(0.0)), sign)
+    return batch.from_rows(tensor, error)
 
 
 @dataclass(frozen=True)
@@ -449,7 +484,7 @@ class _Outputs:
     def measure(self, error: _Error) -> _Effect:
         """Runs the model with an error, unless it is none."""
         names, batch, disturbance = self._model.names, error.batch, error.disturbance
-        power_in = _powers(disturbance.error.reshape(batch.size, -1))
+        power_in = _powers(batch.rows(disturbance.tensor, disturbance.error))
         if error.power is not None:
             power_in = np.full(batch.size, error.power)
         if not power_in.any():
@@ -458,8 +493,8 @@ class _Outputs:
         _check_shapes(names, disturbed, batch.values)
         references = [batch.rows(name) for name in names]
         changes = [
-            _limited(after.reshape(before.shape) - before, before)
-            for after, before in zip(disturbed, references, strict=True)
+            _limited(batch.rows(name, after) - before, before)
+            for name, after, before in zip(names, disturbed, references, strict=True)
         ]
         # Beside others, an input without an error changes by what the order of sums does to it.
         powers = np.array([_powers(change) for change in changes]) * (power_in > 0.0)

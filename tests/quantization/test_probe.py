@@ -324,21 +324,32 @@ def test_inputs_of_a_convolutional_network_share_runs(
 
 
 @pytest.mark.parametrize(
-    ("begin", "end"),
+    ("begin", "end", "is_shared"),
     [
         (
             helper.make_node("ReduceMean", ["x"], ["beside"], axes=[0]),
             helper.make_node("Identity", ["beside"], ["level"]),
+            False,
         ),
         (
             helper.make_node("SplitToSequence", ["x"], ["beside"], axis=1),
             helper.make_node("ConcatFromSequence", ["beside"], ["level"], axis=1),
+            True,
+        ),
+        (
+            helper.make_node("Shape", ["x"], ["beside"]),
+            helper.make_node("ConstantOfShape", ["beside"], ["level"]),
+            True,
         ),
     ],
-    ids=["mean", "sequence"],
+    ids=["mean", "sequence", "shape"],
 )
-def test_inputs_share_no_runs_where_a_value_has_no_axis_for_them(
-    begin: onnx.NodeProto, end: onnx.NodeProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_inputs_share_runs_where_all_that_is_looked_at_is_known_of_each(
+    begin: onnx.NodeProto,
+    end: onnx.NodeProto,
+    is_shared: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rng = np.random.default_rng(0)
     layers = []
@@ -365,7 +376,54 @@ def test_inputs_share_no_runs_where_a_value_has_no_axis_for_them(
     statistics = calibrate(alone, ArrayInputs({"x": inputs}), tensors, sizes=("all",))
     sizes = sizes_of_runs(monkeypatch)
     found = probe(Quantizer(prepared, statistics), one_by_one(inputs, 8))
-    assert sizes == [1, 8, *[1] * 7]  # it was tried
+    assert sizes == ([1, 8] if is_shared else [1, 8, *[1] * 7])  # it was tried
+    assert_same(found, probe(Quantizer(alone, statistics), one_by_one(inputs, 8)))
+
+
+def test_inputs_that_do_not_stand_one_behind_another_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens come first, as in PyTorch's attention, or share an axis with inputs; a constant."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["tokens_first"], perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["tokens_first", "w0"], ["h0"], "first"),
+        helper.make_node("Reshape", ["h0", "flat"], ["rows"], "flatten"),
+        helper.make_node("Gemm", ["rows", "w1"], ["h1"], "second"),
+        helper.make_node("Relu", ["h1"], ["relu"], "relu"),
+        helper.make_node("Reshape", ["relu", "apart"], ["h2"], "unflatten"),
+        helper.make_node("Transpose", ["h2"], ["inputs_first"], perm=[1, 0, 2]),
+        helper.make_node("Shape", ["x"], ["shape"], "shape", start=1, end=2),
+        helper.make_node("Cast", ["shape"], ["length"], "cast", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Div", ["inputs_first", "length"], ["h3"], "mean"),
+        helper.make_node("MatMul", ["h3", "w2"], ["h4"], "third"),
+        helper.make_node("ReduceSum", ["h4", "axis"], ["y"], "sum", keepdims=0),
+    ]
+    constants = {
+        **{f"w{n}": rng.normal(0.0, 0.3, (12, 12)).astype(np.float32) for n in range(3)},
+        "flat": np.array([-1, 12]),
+        "apart": np.array([5, -1, 12]),
+        "axis": np.array([1]),
+    }
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "tokens",
+        [value("x", onnx.TensorProto.FLOAT, ["n", 5, 12])],
+        [value("y", onnx.TensorProto.FLOAT, ["n", 12])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, tmp_path / "tokens.onnx")
+    prepared = load_float_model(tmp_path / "tokens.onnx")
+    inputs = rng.standard_t(3, (8, 5, 12)) * np.linspace(0.2, 2.0, 8)[:, None, None]
+    inputs = inputs.astype(np.float32)
+    alone = prepared.one_at_a_time()
+    tensors = required_activations(place(prepared))
+    statistics = calibrate(alone, ArrayInputs({"x": inputs}), tensors, sizes=("all",))
+    sizes = sizes_of_runs(monkeypatch)
+    found = probe(Quantizer(prepared, statistics), one_by_one(inputs, 8))
+    assert sizes == [1, 8]
     assert_same(found, probe(Quantizer(alone, statistics), one_by_one(inputs, 8)))
 
 
