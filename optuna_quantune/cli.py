@@ -111,7 +111,7 @@ def cli() -> None:
 @click.option(
     "--metric",
     metavar="NAME",
-    show_default="top1 with labels, agreement without",
+    show_default="top1 with labels; without, agreement of a classifier, otherwise sqnr_db",
     help=f"What is maximized: {', '.join(get_args(MetricName))}, or MODULE:FUNCTION, which is "
     "called with the outputs of the int8 and of the float model and gives a number.",
 )

@@ -43,6 +43,7 @@ from optuna_quantune.evaluation.evaluator import OnBatch
 from optuna_quantune.evaluation.evaluator import Progress
 from optuna_quantune.evaluation.latency import LatencyRatio
 from optuna_quantune.evaluation.metrics import agrees
+from optuna_quantune.evaluation.metrics import can_be_class_scores
 from optuna_quantune.evaluation.metrics import class_scores
 from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.evaluation.metrics import Measurement
@@ -131,13 +132,14 @@ class QuantizationObjective:
             None only with `evaluate`, which brings its own.
         space: The search space; the ``quantune`` preset by default.
         metric: ``top1``, ``top5``, ``agreement`` (share of inputs with the float model's top-1
-            class) or ``sqnr_db`` (output signal-to-noise ratio); by default ``top1`` with labels
-            and ``agreement`` without. Or a function ``metric(outputs, reference_outputs)`` that
-            gives a number: it is called with the model's and the float model's outputs for the
-            same inputs, arrays with the batch axis first; one array for a model with one output,
-            a mapping from output name to array for a model with several. If it has a parameter
-            ``labels`` it gets the labels, and if it has a parameter ``indices`` the inputs'
-            places in `evaluation`, shape (n,), for truth that it keeps itself.
+            class) or ``sqnr_db`` (output signal-to-noise ratio); by default ``top1`` with labels,
+            without them ``agreement`` of a classifier and ``sqnr_db`` of other models. Or a
+            function ``metric(outputs, reference_outputs)`` that gives a number: it is called
+            with the model's and the float model's outputs for the same inputs, arrays with the
+            batch axis first; one array for a model with one output, a mapping from output name
+            to array for a model with several. If it has a parameter ``labels`` it gets the
+            labels, and if it has a parameter ``indices`` the inputs' places in `evaluation`,
+            shape (n,), for truth that it keeps itself.
         evaluate: In place of `metric` a function ``evaluate(session)`` that runs an
             ``onnxruntime.InferenceSession`` on inputs of its own and gives a number.
         direction: Whether larger (``maximize``) or smaller values of the user's own function are
@@ -214,7 +216,11 @@ class QuantizationObjective:
         compares_outputs = evaluation is not None
         self.evaluation = (evaluation or calibration.subset([0])).bind(specs)
         self.chosen_metric = ChosenMetric.of(
-            metric, evaluate, direction, labels=self.evaluation.labels is not None
+            metric,
+            evaluate,
+            direction,
+            labels=self.evaluation.labels is not None,
+            classifies=can_be_class_scores(self.model.outputs[0].shape),
         )
         if not self.chosen_metric.is_own and not any(
             output.dtype.kind == "f" for output in self.model.outputs

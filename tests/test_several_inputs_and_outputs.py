@@ -275,6 +275,7 @@ def test_agreement_of_a_model_without_classes_is_refused_at_its_first_input(
         tmp_path / "boxes.onnx",
         calibration=ArrayInputs(INPUTS),
         evaluation=ArrayInputs(INPUTS),
+        metric="agreement",
         cache=None,
     )
     with pytest.raises(InputError, match="need a classifier; give a metric of your own"):

@@ -58,6 +58,7 @@ class ChosenMetric:
         direction: Direction,
         *,
         labels: bool,
+        classifies: bool = True,
     ) -> ChosenMetric:
         """Checks the arguments of a search that say what its metric is.
 
@@ -66,6 +67,7 @@ class ChosenMetric:
             evaluate: A function of a session, or None.
             direction: Which values of a function of the user's are better.
             labels: Whether the evaluation inputs have labels.
+            classifies: Whether the first output can be scores of classes, for the default.
 
         Raises:
             InputError: They contradict each other, or one of them cannot be used.
@@ -81,7 +83,7 @@ class ChosenMetric:
             if not callable(metric) and not callable(evaluate):
                 raise InputError("evaluate: must be a function of an InferenceSession")
             return cls(name, direction, metric if callable(metric) else None, evaluate)
-        name = metric or ("top1" if labels else "agreement")
+        name = metric or ("top1" if labels else "agreement" if classifies else "sqnr_db")
         if name not in get_args(MetricName):
             raise InputError(
                 f"metric {metric!r}: use one of {', '.join(get_args(MetricName))}, or a function"

@@ -112,6 +112,17 @@ def class_scores(outputs: NDArray[Any]) -> NDArray[Any]:
     return scores
 
 
+def can_be_class_scores(shape: tuple[int | None, ...]) -> bool:
+    """Say whether outputs of a declared shape can be what `class_scores` takes.
+
+    Args:
+        shape: The shape with the batch axis, None where a size is free; empty if nothing is known.
+    """
+    if not shape:
+        return True
+    return (len(shape) == 2 or shape[2:] == (1, 1)) and shape[1] != 1
+
+
 def top_k_correct(outputs: NDArray[Any], labels: ArrayLike, *, k: int) -> NDArray[np.bool_]:
     """Say for each input whether its label is among the k highest scores.
 

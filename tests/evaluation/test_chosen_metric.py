@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
+from optuna_quantune.evaluation.metrics import can_be_class_scores
 
 
 RNG = np.random.default_rng(0)
@@ -77,6 +78,29 @@ def test_the_noise_of_all_outputs_counts_alike_whatever_their_unit() -> None:
     assert sqnr(0.1, 0.0) == pytest.approx(sqnr(0.0, 0.1), abs=0.01)
     assert sqnr(0.1, 0.1) == pytest.approx(20.0, abs=0.01)  # whole numbers do not count
     assert sqnr(0.0, 0.1) == pytest.approx(20.0 + 10 * math.log10(2), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "metric"),
+    [
+        ((None, 10), "agreement"),
+        ((1, 10, 1, 1), "agreement"),
+        ((), "agreement"),  # of no known rank
+        ((None, 10, 32, 32), "sqnr_db"),
+        ((None, 10, None, None), "sqnr_db"),
+        ((None, 1), "sqnr_db"),
+        ((None,), "sqnr_db"),
+    ],
+)
+def test_the_default_is_what_the_outputs_can_be(
+    shape: tuple[int | None, ...], metric: str
+) -> None:
+    def default(labels: bool) -> str:
+        classifies = can_be_class_scores(shape)
+        return ChosenMetric.of(None, None, "maximize", labels=labels, classifies=classifies).name
+
+    assert default(labels=False) == metric
+    assert default(labels=True) == "top1"
 
 
 @pytest.mark.parametrize("answer", [None, "good", float("nan"), np.zeros(3)])
