@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 import optuna
 from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
 
 from optuna_quantune import records
@@ -104,12 +106,21 @@ def _studies(
 
 
 def _choices(space: SearchSpace) -> dict[str, list[Any]]:
-    """The grid of a space of categorical knobs."""
-    return {
-        name: list(distribution.choices)
-        for name, distribution in space.items()
-        if isinstance(distribution, CategoricalDistribution)
-    }
+    """The grid of a space whose knobs have steps.
+
+    Raises:
+        InputError: If a knob has none.
+    """
+    grid: dict[str, list[Any]] = {}
+    for name, distribution in space.items():
+        if isinstance(distribution, CategoricalDistribution):
+            grid[name] = list(distribution.choices)
+        elif isinstance(distribution, (IntDistribution, FloatDistribution)) and distribution.step:
+            n = round((distribution.high - distribution.low) / distribution.step)
+            grid[name] = [distribution.low + i * distribution.step for i in range(n + 1)]
+        else:
+            raise InputError(f"sampler 'GridSampler': knob {name!r} has no steps; give it some")
+    return grid
 
 
 def _sampler_of_factory(name: str, space: SearchSpace, seed: int) -> BaseSampler:

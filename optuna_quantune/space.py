@@ -85,7 +85,8 @@ class SearchSpace(Mapping[str, BaseDistribution]):
             categorical one. Knobs left out keep their default.
 
     Raises:
-        InputError: If a knob or one of its choices is unknown.
+        InputError: If a knob or one of its choices is unknown, or ``calibration_images`` is a
+            range.
     """
 
     def __init__(self, knobs: Mapping[str, BaseDistribution | Sequence[Any]]) -> None:
@@ -103,6 +104,11 @@ class SearchSpace(Mapping[str, BaseDistribution]):
                     QuantizationConfig.from_dict({name: choice})
             elif name not in {field.name for field in dataclasses.fields(QuantizationConfig)}:
                 QuantizationConfig.from_dict({name: None})  # raises, and names the knobs there are
+            elif name == "calibration_images":
+                raise InputError(
+                    "knob 'calibration_images': give a list of choices, not a range, as the "
+                    "statistics of each are kept"
+                )
 
     @classmethod
     def preset(cls, name: str) -> SearchSpace:

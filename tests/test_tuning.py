@@ -9,6 +9,7 @@ import onnxruntime
 import optuna
 import pytest
 from numpy.typing import NDArray
+from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
 from optuna_quantune import records
@@ -137,9 +138,8 @@ def test_an_interrupted_search_writes_the_best_so_far_and_owes_the_trial(  # typ
     "name", ["RandomSampler", "TPESampler", "GridSampler", "BruteForceSampler", "GPSampler"]
 )
 def test_optuna_samplers_are_found_by_name(run, name: str) -> None:  # type: ignore[no-untyped-def]
-    result = run(
-        sampler=name, n_trials=2, space=SearchSpace({"scheme": ["symmetric", "asymmetric"]})
-    )
+    knobs = {"scheme": ["symmetric", "asymmetric"], "float_layers": IntDistribution(0, 2)}
+    result = run(sampler=name, n_trials=2, space=SearchSpace(knobs))
     assert type(result.study.sampler).__name__ == name
     assert len(result.study.trials) == 2
 

@@ -34,9 +34,16 @@ def enumerate_codes(encoding: SpaceEncoding) -> Codes:
 
 
 def random_codes(encoding: SpaceEncoding, n: int, rng: np.random.RandomState) -> Codes:
-    """Independent uniform configurations, float64 of shape (n, n_params)."""
+    """Independent configurations, uniform on the scale of each parameter.
+
+    Returns:
+        float64 of shape (n, n_params).
+    """
     uniform = rng.uniform(size=(n, encoding.n_params))
-    return np.where(encoding.n_values > 0, np.floor(uniform * encoding.n_values), uniform)
+    codes = np.where(encoding.n_values > 0, np.floor(uniform * encoding.n_values), uniform)
+    for column in filter(encoding.has_log_steps, range(encoding.n_params)):
+        codes[:, column] = encoding.codes_at(uniform[:, column], column)
+    return codes
 
 
 def neighbours(encoding: SpaceEncoding, codes: Codes, rng: np.random.RandomState) -> Codes:
@@ -59,16 +66,31 @@ def neighbours(encoding: SpaceEncoding, codes: Codes, rng: np.random.RandomState
         elif encoding.is_categorical(column):
             values = rng.randint(n_values, size=(len(codes), _MAX_VALUE_CHANGES)).astype(float)
         else:
-            extent = n_values - 1 if n_values else 1
-            steps = rng.normal(size=(len(codes), len(_MOVES))) * np.array(_MOVES) * extent
-            if n_values:
-                # A move shorter than a step is a step.
-                steps = np.sign(steps) * np.maximum(np.round(np.abs(steps)), 1.0)
-            values = np.clip(codes[:, column, None] + steps, 0.0, extent)
+            shares = rng.normal(size=(len(codes), len(_MOVES))) * np.array(_MOVES)
+            values = _moved(encoding, codes, column, shares)
         rows = np.repeat(codes, values.shape[1], axis=0)
         rows[:, column] = values.ravel()
         moved.append(rows[rows[:, column] != np.repeat(codes[:, column], values.shape[1])])
     return np.concatenate(moved) if moved else codes[:0]
+
+
+def _moved(
+    encoding: SpaceEncoding, codes: Codes, column: int, shares: NDArray[np.float64]
+) -> Codes:
+    """Codes of a numerical parameter after moves by shares of its (log) range.
+
+    A move shorter than a step is a step.
+    """
+    n_values, before = encoding.n_values[column], codes[:, column, None]
+    if n_values == 0:
+        return np.clip(before + shares, 0.0, 1.0)
+    if encoding.has_log_steps(column):
+        after = encoding.codes_at(encoding.positions(codes, column)[:, None] + shares, column)
+        after = np.where(after == before, before + np.sign(shares), after)
+    else:
+        steps = shares * (n_values - 1)
+        after = before + np.sign(steps) * np.maximum(np.round(np.abs(steps)), 1.0)
+    return np.clip(after, 0.0, n_values - 1.0)
 
 
 def emptiness(

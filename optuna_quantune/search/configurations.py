@@ -288,7 +288,26 @@ class Configurations:
         return Guesses(*(_sketched(sketch, candidates.trees) for sketch in self._sketches))
 
     def unseen(self, codes: Codes, seen: Codes) -> NDArray[np.bool_]:
-        """Which configurations are not among the seen ones; bool of shape (n_configs,)."""
+        """Which configurations are not among the seen ones.
+
+        Args:
+            codes: The configurations, float64 of shape (n_configs, n_params).
+            seen: The seen ones, likewise; NaN stands for every value of a parameter.
+
+        Returns:
+            bool of shape (n_configs,).
+        """
+        asked = ~np.isnan(seen)
+        whole = asked.all(axis=1)
+        result = self._unseen(codes, seen[whole])
+        for columns in np.unique(asked[~whole], axis=0):
+            alike = seen[(asked == columns).all(axis=1)]
+            known = {row.tobytes() for row in alike[:, columns]}
+            result &= [row.tobytes() not in known for row in codes[:, columns]]
+        return result
+
+    def _unseen(self, codes: Codes, seen: Codes) -> NDArray[np.bool_]:
+        """`unseen` where no value is left open."""
         if self.is_enumerable:
             is_seen = np.zeros(int(self.encoding.size), dtype=bool)
             is_seen[self.encoding.flat_index(seen)] = True

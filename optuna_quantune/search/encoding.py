@@ -145,6 +145,33 @@ class SpaceEncoding:
         values = codes[:, column]
         return values if self.n_values[column] == 0 else _unit(distribution, values)
 
+    def codes_at(self, positions: NDArray[np.float64], column: int) -> NDArray[np.float64]:
+        """Codes of the values of a numerical parameter that lie nearest to places in its range.
+
+        Args:
+            positions: Places as `positions` gives them; those beyond the range are at its end.
+            column: Which parameter.
+
+        Returns:
+            float64 of the shape of `positions`.
+        """
+        distribution = self.distributions[column]
+        assert isinstance(distribution, (IntDistribution, FloatDistribution))
+        if self.n_values[column] == 0:
+            return np.clip(positions, 0.0, 1.0)
+        low, high = _bounds(distribution)
+        values = low + positions * (high - low)
+        if distribution.log:
+            values = np.exp(values)
+        assert distribution.step is not None
+        codes = np.round((values - distribution.low) / distribution.step)
+        return np.clip(codes, 0.0, self.n_values[column] - 1.0)
+
+    def has_log_steps(self, column: int) -> bool:
+        """Whether a parameter takes whole numbers on a logarithmic scale."""
+        distribution = self.distributions[column]
+        return isinstance(distribution, IntDistribution) and distribution.log
+
     def kernel_features(self, codes: NDArray[np.float64]) -> NDArray[np.float32]:
         """Features whose inner product counts how many parameters of two configurations agree.
 

@@ -52,7 +52,8 @@ class History:
         failed: Codes of failed trials and of those that were pruned before any report, float64 of
             shape (n_failed, n_params).
         pending: Codes of running and enqueued trials, float64 of shape (n_pending, n_params).
-        seen: Codes that determine a whole configuration that is measured, failed or pending,
+        seen: Codes that determine a whole configuration that is measured, failed or pending, NaN
+            where a complete trial has not asked for the parameter (it speaks for all its values),
             float64 of shape (n_seen, n_params). A trial with parameters beyond the space, as in
             a conditional one, is not among them: it is one of many with the same codes. Those
             that are set from outside, and have the same value there, do not count as beyond.
@@ -82,6 +83,8 @@ def read_history(
     encoding: SpaceEncoding,
     current: int | None,
     fixed: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    ending: int | None = None,
 ) -> History:
     """Reads all trials of the study except the one with the number ``current``.
 
@@ -97,6 +100,7 @@ def read_history(
         encoding: The space.
         current: The number of the trial that is left out.
         fixed: Values of parameters that are set from outside.
+        ending: The number of a trial that is complete and still counts as running.
     """
     # As in GridSampler: pruners such as HyperbandPruner hide trials from study.get_trials, and a
     # cached list would miss what other processes are running.
@@ -111,7 +115,8 @@ def read_history(
         if codes is None:
             continue
         if _is_whole(trial, encoding, fixed):
-            seen.append(codes)
+            is_complete = trial.state == TrialState.COMPLETE or trial.number == ending
+            seen.append(_as_asked(trial, encoding, codes) if is_complete else codes)
         if trial.state == TrialState.FAIL:
             failed.append(codes)
         elif trial.state == TrialState.COMPLETE or _estimate(trial, len(sign)) is not None:
@@ -231,6 +236,16 @@ def _is_whole(trial: FrozenTrial, encoding: SpaceEncoding, fixed: Mapping[str, A
         trial.distributions[name].single() or (name in fixed and trial.params[name] == fixed[name])
         for name in others
     )
+
+
+def _as_asked(trial: FrozenTrial, encoding: SpaceEncoding, codes: Array) -> Array:
+    """The codes of a complete trial, NaN where it has not asked for the parameter.
+
+    What an objective asks for is decided by what it has been told before, so that all
+    configurations that agree in that are one.
+    """
+    asked = np.array([name in trial.params for name in encoding.names])
+    return np.where(asked, codes, np.nan) if asked.any() else codes
 
 
 def _estimate(trial: FrozenTrial, n_objectives: int) -> tuple[float, float] | None:

@@ -206,7 +206,7 @@ class QuantuneSampler(BaseSampler):
         if not search_space:
             return {}
         fixed = _fixed_params(study, trial)
-        configurations = self._configurations_of(study, search_space, fixed)
+        configurations = self._configurations_of(study, search_space)
         while True:
             history = read_history(study, configurations.encoding, trial.number, fixed)
             avoid_seen = not self._allow_duplicates
@@ -289,31 +289,34 @@ class QuantuneSampler(BaseSampler):
     ) -> None:
         """Stops the study when every configuration has been proposed."""
         self._independent_sampler.after_trial(study, trial, state, values)
-        if self.is_exhausted(study):
+        if self._is_exhausted(study, trial.number if state == TrialState.COMPLETE else None):
             _stop(study)
 
     def is_exhausted(self, study: Study) -> bool:
         """Whether every configuration of ``search_space`` has been measured or is running."""
+        return self._is_exhausted(study, None)
+
+    def _is_exhausted(self, study: Study, ending: int | None) -> bool:
         if not self._search_space or self._allow_duplicates:
             return False
-        configurations = self._configurations_of(study, self._search_space, {})
+        configurations = self._configurations_of(study, self._search_space)
         if not configurations.is_enumerable:
             return False
-        n_trials = study._storage.get_n_trials(study._study_id)
-        if n_trials < len(configurations.all):
-            return False
-        waiting = (TrialState.WAITING,)
-        if study._storage.get_all_trials(study._study_id, deepcopy=False, states=waiting):
+        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+        if any(trial.state == TrialState.WAITING for trial in trials):
             return False  # what is enqueued is still to be measured
-        history = read_history(study, configurations.encoding, None)
+        names = configurations.encoding.name_set
+        if len(trials) < len(configurations.all) and all(t.params.keys() >= names for t in trials):
+            return False
+        history = read_history(study, configurations.encoding, None, ending=ending)
         return not configurations.unseen(configurations.all.codes, history.seen).any()
 
     def _configurations_of(
-        self, study: Study, search_space: dict[str, BaseDistribution], fixed: Mapping[str, Any]
+        self, study: Study, search_space: dict[str, BaseDistribution]
     ) -> Configurations:
         if self._search_space is not None and search_space.keys() <= self._search_space.keys():
-            # PartialFixedSampler takes parameters out; their values are in ``fixed``.
-            search_space = self._search_space
+            search_space = self._search_space  # PartialFixedSampler takes parameters out
+        fixed = _fixed_by_samplers(study)
         constants = {name: value for name, value in fixed.items() if name not in search_space}
         signs = tuple(-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions)
         key = (repr(sorted(search_space.items())), repr(sorted(constants.items())), signs)
@@ -336,12 +339,17 @@ class QuantuneSampler(BaseSampler):
 
 def _fixed_params(study: Study, trial: FrozenTrial) -> dict[str, Any]:
     """Values that are set from outside: by ``enqueue_trial`` or a ``PartialFixedSampler``."""
+    return {**_fixed_by_samplers(study), **trial.system_attrs.get("fixed_params", {})}
+
+
+def _fixed_by_samplers(study: Study) -> dict[str, Any]:
+    """Those that a ``PartialFixedSampler`` sets in every trial."""
     fixed: dict[str, Any] = {}
     sampler = study.sampler
     while isinstance(sampler, PartialFixedSampler):
         fixed = {**sampler._fixed_params, **fixed}
         sampler = sampler._base_sampler
-    return {**fixed, **trial.system_attrs.get("fixed_params", {})}
+    return fixed
 
 
 def _stop(study: Study) -> None:

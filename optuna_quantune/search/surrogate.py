@@ -271,6 +271,9 @@ class Surrogate:
         )
         parts = np.array([posterior.mixture[:2] for posterior in self._posteriors])
         main, pair = (parts.T @ alphas).astype(np.float32)
+        if len(known) < known.shape[1]:  # as where a parameter has thousands of choices
+            agreement = kernel @ known.T
+            return np.asarray(agreement**2 @ pair + agreement @ main, dtype=np.float64)
         linear = known.T @ main
         quadratic = (known.T * pair) @ known
         result: Array = np.einsum("ij,ij->i", kernel @ quadratic + linear, kernel).astype(

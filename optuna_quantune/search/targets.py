@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 # What larger finite numbers count as: their squares are finite, and float32 holds them.
 LARGEST = 1e30
+# A smaller spread is none: what is divided by it would not be finite.
+_LEAST_SCALE = 1e-300
 # Scales from the center beyond which all is alike: its square is finite. Only where values differ
 # by next to nothing, and a prior expects others, is anything as far.
 _FARTHEST = 1e100
@@ -63,7 +65,8 @@ class TargetTransform:
         if expected_scale is not None:
             weight = 3.0 / (3.0 + len(finite))
             spread = float(np.sqrt(weight * expected_scale**2 + (1 - weight) * spread**2))
-        return cls(center, spread or 1.0, float(finite.min()), float(finite.max()))
+        scale = spread if spread > _LEAST_SCALE else 1.0
+        return cls(center, scale, float(finite.min()), float(finite.max()))
 
     def __call__(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Transforms values; float64 of any shape in and out."""

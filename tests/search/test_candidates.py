@@ -35,6 +35,22 @@ def test_neighbours_differ_in_one_parameter_and_stay_inside() -> None:
     }
 
 
+def test_whole_numbers_on_a_logarithmic_scale_are_drawn_and_moved_on_it() -> None:
+    encoding = SpaceEncoding({"n": IntDistribution(1, 10**8, log=True)})
+    drawn = 1 + random_codes(encoding, 4000, np.random.RandomState(0))[:, 0]
+    assert drawn.min() == 1 <= drawn.max() <= 10**8
+    for decade in range(8):
+        share = np.mean((drawn >= 10**decade) & (drawn < 10 ** (decade + 1)))
+        assert 0.1 < share < 0.15
+    start = np.full((500, 1), 1e4 - 1)
+    factors = (1 + neighbours(encoding, start, np.random.RandomState(1))[:, 0]) / 1e4
+    assert factors.min() < 0.1
+    assert factors.max() > 10
+    assert 0.3 < np.mean(factors < 1) < 0.7
+    lowest = neighbours(encoding, np.zeros((20, 1)), np.random.RandomState(2))
+    assert lowest.min() == 1, "a move shorter than a step is a step"
+
+
 def test_neighbours_of_small_parameters_are_all_other_values() -> None:
     encoding = SpaceEncoding({n: CategoricalDistribution(range(3)) for n in "ab"})
     moved = neighbours(encoding, np.array([[0.0, 2.0]]), np.random.RandomState(0))

@@ -134,6 +134,42 @@ def test_a_study_does_not_end_before_what_is_enqueued() -> None:
     ]
 
 
+def test_what_a_trial_has_not_asked_for_makes_no_other_configuration() -> None:
+    space: dict[str, BaseDistribution] = {
+        "kind": CategoricalDistribution(["svm", "forest"]),
+        "c": CategoricalDistribution([1, 2, 3]),
+        "depth": CategoricalDistribution([1, 2, 3, 4]),
+    }
+
+    def objective(trial: optuna.Trial) -> float:
+        if trial.suggest_categorical("kind", ["svm", "forest"]) == "svm":
+            return float(trial.suggest_categorical("c", [1, 2, 3]))
+        return float(trial.suggest_categorical("depth", [1, 2, 3, 4]))
+
+    study = optuna.create_study(sampler=QuantuneSampler(space, seed=0))
+    study.optimize(objective)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 7
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 7
+
+
+def test_what_is_enqueued_beside_the_space_is_no_reason_to_ask_for_features_again() -> None:
+    asked: list[Mapping[str, Any]] = []
+
+    def features(params: Mapping[str, Any]) -> dict[str, float]:
+        asked.append(params)
+        return {"granularity": float(params["granularity"] == "channel")}
+
+    def objective(trial: optuna.Trial) -> float:
+        return accuracy(suggest(trial)) + trial.suggest_float("beside", 0.0, 1.0)
+
+    study = optuna.create_study(sampler=QuantuneSampler(SPACE, seed=0, features=features))
+    for number in range(3):
+        study.enqueue_trial({"granularity": "tensor", "beside": number / 4})
+        study.optimize(objective, n_trials=2)
+    assert len(asked) == SIZE
+    assert all(params.keys() == SPACE.keys() for params in asked)
+
+
 def test_a_partly_enqueued_trial_is_completed_to_an_unseen_configuration() -> None:
     study = maximize(QuantuneSampler(SPACE, seed=0))
     for _ in range(6):

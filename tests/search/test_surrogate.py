@@ -168,8 +168,9 @@ def test_described_features_tell_configurations_apart_that_knobs_do_not() -> Non
     assert abs(np.corrcoef(blind[others], values[others])[0, 1]) < 0.5
 
 
-def test_screening_is_the_mean_of_main_effects_and_pairs() -> None:
-    rows = np.arange(0, 81, 5)
+@pytest.mark.parametrize("apart", [5, 20], ids=["more trials than features", "fewer"])
+def test_screening_is_the_mean_of_main_effects_and_pairs(apart: int) -> None:
+    rows = np.arange(0, 81, apart)
     fitted = Surrogate(SPACE[rows], collapsing_values()[rows], 4, mixtures=module.MIXTURES[:2])
     mean, _ = fitted.predict(SPACE)
     screened = fitted.screen(SPACE.kernel)

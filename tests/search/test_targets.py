@@ -12,6 +12,13 @@ def test_the_order_of_values_is_kept() -> None:
     np.testing.assert_array_equal(np.argsort(targets), np.argsort(values))
 
 
+def test_values_that_differ_by_less_than_can_be_divided_by_are_alike() -> None:
+    values = np.array([3e-310, 1e-310, 4e-310, 0.0])
+    transform = TargetTransform.fit(values)
+    assert np.isfinite(transform(values)).all()
+    assert np.isfinite(transform.slope(values)).all()
+
+
 def test_scale_and_offset_of_the_values_do_not_matter() -> None:
     values = np.random.default_rng(0).normal(size=30)
     moved = 1e-3 * values - 50.0
