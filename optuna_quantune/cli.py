@@ -460,17 +460,18 @@ def _warn(findings: Sequence[Finding]) -> None:
 
 
 def _stdout() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+    # Names and paths may have brackets, which are no markup.
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(markup=False, width=_PLAIN_WIDTH)
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[ProgressBars]:
     # Trials are printed as lines, those that fail with their reason: not with a traceback, too.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if not console.is_terminal:
-        console = Console(stderr=True, width=_PLAIN_WIDTH)
+        console = Console(stderr=True, markup=False, width=_PLAIN_WIDTH)
     logger = logging.getLogger("optuna_quantune")
     logger.setLevel(logging.INFO)
     handler = RichHandler(console=console, show_time=False, show_path=False)

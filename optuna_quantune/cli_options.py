@@ -249,14 +249,13 @@ def read_inputs(
             f"--data {data!r}: is called with 'calibration' or 'evaluation'; let it take that"
         ) from error
     try:
-        inputs = function(split)
+        return as_input_source(function(split))
     except InputError:
         raise
-    except Exception as error:  # whatever a user's function raises
+    except Exception as error:  # whatever a user's function, or the reader it gives, raises
         raise InputError(
             f"--data {data!r}: fails for {split!r}: {type(error).__name__}: {error}"
         ) from error
-    return as_input_source(inputs)
 
 
 def read_sources(text: str, storage: str | None, study_name: str | None) -> list[Source]:
@@ -289,7 +288,9 @@ def read_provider(text: str) -> Provider:
 def read_config(text: str) -> QuantizationConfig:
     """A configuration from JSON, or from a file of it."""
     try:
-        knobs = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+        knobs = json.loads(
+            text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8-sig")
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"--config {text}: neither a JSON object nor a file of one ({error})"

@@ -87,6 +87,16 @@ class Goals:
         }
         return tuple(float(by_name[objective]) for objective in self.objectives)
 
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that there are, by name."""
+        every = {
+            DROP_CONSTRAINT: self.max_accuracy_drop,
+            LATENCY_CONSTRAINT: self.max_latency,
+            SIZE_CONSTRAINT: self.max_size,
+        }
+        return {name: bound for name, bound in every.items() if bound is not None}
+
     def constraints(self, outcome: Outcome) -> dict[str, float]:
         """The constraints of a trial, by name; one for each bound."""
         constraints = {}

@@ -20,6 +20,7 @@ import onnx
 import optuna
 import platformdirs
 from numpy.typing import NDArray
+from optuna.distributions import IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import NopPruner
 from optuna.study import StudyDirection
@@ -59,6 +60,7 @@ from optuna_quantune.goals import Outcome
 from optuna_quantune.ladder import Climb
 from optuna_quantune.ladder import Ladder
 from optuna_quantune.ladder import RANKS
+from optuna_quantune.output_file import check_writable
 from optuna_quantune.output_file import write_model
 from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.config import QuantizationConfig
@@ -200,6 +202,17 @@ class QuantizationObjective:
         self.space = self.target.restrict(
             SearchSpace.preset("quantune") if space is None else space
         )
+        if isinstance(self.space.get("calibration_images"), IntDistribution):
+            raise InputError(
+                "knob 'calibration_images': give a list of choices, not a range, as the "
+                "statistics of each are kept"
+            )
+        fixed = [spec for spec in self.model.inputs if spec.shape and (spec.shape[0] or 1) > 1]
+        if fixed:
+            raise InputError(
+                f"model {model}: input {fixed[0].name!r} has a fixed batch of "
+                f"{fixed[0].shape[0]}; export it with a free first axis, or one of 1"
+            )
         if providers is not None:
             check_providers(providers)
             self.target = dataclasses.replace(self.target, providers=tuple(providers))
@@ -333,6 +346,8 @@ class QuantizationObjective:
             self.goals.objectives,
             dataclasses.asdict(self.target),
         ]
+        if self.goals.bounds:  # a trial keeps by how much it breaks those that it was measured for
+            parts.append(self.goals.bounds)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def features(self, params: Mapping[str, Any]) -> dict[str, float]:
@@ -462,12 +477,16 @@ class QuantizationObjective:
                 raise optuna.TrialPruned
             return self._finish(trial, twin.user_attrs[VALUE_KEY])
         data = quantized.proto.SerializeToString()
-        start = time.perf_counter()
-        measurement = self._measure_trial(trial, data)
-        seconds["evaluate"] = time.perf_counter() - start
-        start = time.perf_counter()
-        latency = self.latency(data)
-        seconds["latency"] = time.perf_counter() - start
+        try:
+            start = time.perf_counter()
+            measurement = self._measure_trial(trial, data)
+            seconds["evaluate"] = time.perf_counter() - start
+            start = time.perf_counter()
+            latency = self.latency(data)
+            seconds["latency"] = time.perf_counter() - start
+        except InputError as error:
+            # The float model has been run on the same inputs: it is about this model alone.
+            raise RuntimeError(str(error)) from error
         for name, number in dataclasses.asdict(measurement).items():
             trial.set_user_attr(name, number)
         trial.set_user_attr("latency_ratio", latency.ratio)
@@ -607,18 +626,20 @@ class QuantizationObjective:
             path: The ``.onnx`` file to write; its folder must exist.
 
         Raises:
-            InputError: If the trial has no configuration, or the file cannot be written.
+            InputError: If the trial has no configuration, or the file cannot be written or is the
+                float model.
         """
         if "config" not in trial.user_attrs:
             raise InputError(f"trial {trial.number}: has no configuration; was it measured here?")
+        check_writable(path, self.model.path)
         return write_model(self.quantize(self.space.config(trial.params)).proto, path)
 
     def claim(self, study: optuna.Study) -> None:
         """Marks a study as this objective's, so that values of different tasks never mix.
 
         Raises:
-            InputError: If the study belongs to another model, other inputs, another metric or
-                another target, or has other directions.
+            InputError: If the study belongs to another model, other inputs, another metric,
+                other bounds or another target, or has other directions.
         """
         wanted = [StudyDirection[direction.upper()] for direction in self.directions]
         if study.directions != wanted:
@@ -641,13 +662,13 @@ class QuantizationObjective:
         """Refuses a study that is not this objective's already.
 
         Raises:
-            InputError: If the study belongs to another model, other inputs, another metric or
-                another target.
+            InputError: If the study belongs to another model, other inputs, another metric, other
+                bounds or another target.
         """
         if study.user_attrs.get(TASK_KEY) != self.fingerprint:
             raise InputError(
                 f"study {study.study_name!r}: belongs to another model, other inputs, other "
-                "objectives, another metric or another target; give another study name"
+                "objectives or bounds, another metric or another target; give another study name"
             )
 
     def outputs(

@@ -85,8 +85,7 @@ class SearchSpace(Mapping[str, BaseDistribution]):
             categorical one. Knobs left out keep their default.
 
     Raises:
-        InputError: If a knob or one of its choices is unknown, or ``calibration_images`` is a
-            range.
+        InputError: If a knob or one of its choices is unknown.
     """
 
     def __init__(self, knobs: Mapping[str, BaseDistribution | Sequence[Any]]) -> None:
@@ -104,11 +103,6 @@ class SearchSpace(Mapping[str, BaseDistribution]):
                     QuantizationConfig.from_dict({name: choice})
             elif name not in {field.name for field in dataclasses.fields(QuantizationConfig)}:
                 QuantizationConfig.from_dict({name: None})  # raises, and names the knobs there are
-            elif name == "calibration_images":
-                raise InputError(
-                    "knob 'calibration_images': give a list of choices, not a range, as the "
-                    "statistics of each are kept"
-                )
 
     @classmethod
     def preset(cls, name: str) -> SearchSpace:
@@ -139,7 +133,7 @@ class SearchSpace(Mapping[str, BaseDistribution]):
         if path.suffix != ".json":
             return cls.preset(name_or_path)
         try:
-            knobs = json.loads(path.read_text(encoding="utf-8"))
+            knobs = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"search space {path}: cannot be read as JSON ({error})") from error
         if not isinstance(knobs, dict):

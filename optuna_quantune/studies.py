@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from datetime import datetime
 from datetime import timedelta
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Final
 
 import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import check_distribution_compatibility
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
@@ -98,6 +103,8 @@ def load_study(storage: BaseStorage | str, name: str | None) -> optuna.Study:
             wanted = "study name: is needed" if name is None else f"study {name!r}: is not there"
             raise InputError(f"{wanted}; the storage's studies: {there}")
         return optuna.load_study(study_name=name, storage=storage)
+    except InputError:
+        raise
     except (ValueError, OSError, SQLAlchemyError) as error:
         raise InputError(f"study {name!r}: cannot be opened ({_first_line(error)})") from error
 
@@ -116,6 +123,8 @@ def _check_exists(storage: str) -> None:
 
 
 def _open_storage(storage: str) -> BaseStorage:
+    if "://" not in storage:
+        _check_journal(Path(storage))
     try:
         if "://" not in storage:
             return JournalStorage(JournalFileBackend(storage))
@@ -129,6 +138,49 @@ def _open_storage(storage: str) -> BaseStorage:
             )
     except (ImportError, OSError, ValueError, SQLAlchemyError) as error:
         raise InputError(f"storage {storage}: cannot be opened ({_first_line(error)})") from error
+
+
+def _check_journal(path: Path) -> None:
+    """Refuses a file that Optuna would damage: it appends to whatever is there.
+
+    Raises:
+        InputError: If it is no journal, or its last line is half written.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        first = file.readline()
+        file.seek(-1, os.SEEK_END)
+        is_whole = file.read(1) == b"\n"
+    try:
+        is_journal = "op_code" in json.loads(first)
+    except (ValueError, TypeError):
+        is_journal = False
+    if not is_journal:
+        raise InputError(f"storage {path}: is a file, and no journal of Optuna")
+    if not is_whole:
+        raise InputError(
+            f"storage {path}: its last line is half written, as after a crash; remove that line, "
+            "and the rest goes on"
+        )
+
+
+def check_space(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> None:
+    """Refuses a study whose trials have other choices, before anything is written to it.
+
+    Raises:
+        InputError: If a knob's values are not those of the trials.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        for name, distribution in trial.distributions.items():
+            try:
+                if name in space:
+                    check_distribution_compatibility(distribution, space[name])
+            except ValueError as error:
+                raise InputError(
+                    f"study {study.study_name!r}: was begun with other choices of the knob "
+                    f"{name!r}; give another study name"
+                ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -53,6 +53,7 @@ from optuna_quantune.selection import rank
 from optuna_quantune.selection import SAME_LATENCY
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
+from optuna_quantune.studies import check_space
 from optuna_quantune.studies import create_study
 from optuna_quantune.studies import default_pruner
 from optuna_quantune.studies import name_of_study
@@ -288,6 +289,7 @@ def tune(
         pruner or default_pruner(objective),
         objective.directions,
     )
+    check_space(study, objective.space)
     objective.claim(study)
     plan.note(study)
     objective.prepare()

@@ -495,3 +495,78 @@ def test_a_study_in_a_storage_has_its_result_in_the_dashboards_note(
     assert call(folder, *TUNE, *storage, monkeypatch=monkeypatch) == 0
     study = optuna.load_study(study_name="toy", storage="sqlite:///study.db")
     assert "# Quantization of model.onnx" in dashboard.get_note(study)
+
+
+def test_brackets_in_names_and_messages_are_no_markup(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "flaky_metric.py").write_text(
+        "calls = []\n"
+        "def flaky(outputs, reference):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"
+        "        raise ValueError('broken [/x] output')\n"
+        "    return 1.0\n"
+    )
+    model = onnx.load("model.onnx")
+    model.graph.node[0].name = "block[/conv]"
+    onnx.save(model, "mo[v1]del.onnx")
+    main(["inspect", "mo[v1]del.onnx"])
+    assert "block[/conv]" in capsys.readouterr().out
+    arguments = ["--preprocessing", "recipe.json", "--calibration", "images"]
+    arguments += ["--evaluation", "images", "--metric", "flaky_metric:flaky", "--n-trials", "3"]
+    main(["tune", "mo[v1]del.onnx", *arguments])
+    out, err = capsys.readouterr()
+    assert "Wrote mo[v1]del.int8.onnx" in out
+    assert "broken [/x] output" in out + err
+
+
+_HALF_WRITTEN = (
+    "its last line is half written, as after a crash; remove that line, and the rest goes on"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1}', "is a file, and no journal of Optuna"),
+        ("[1, 2]\n", "is a file, and no journal of Optuna"),
+        ('{"op_code": 0, "worker_id": "x"}\n{"op_co', _HALF_WRITTEN),
+    ],
+)
+def test_a_file_that_is_no_whole_journal_stays_as_it_is(
+    text: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = folder / "trials.log"
+    storage.write_text(text)
+    images = ["--calibration", str(folder / "images"), "--evaluation", str(folder / "images")]
+    images += ["--preprocessing", str(folder / "recipe.json")]
+    model = str(folder / "model.onnx")
+    for command in (
+        ["tune", model, *images, "--storage", str(storage)],
+        ["report", "--storage", str(storage), "--output", str(folder / "r.html")],
+    ):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert capsys.readouterr().err == f"optuna-quantune: storage {storage}: {message}\n"
+    assert storage.read_text() == text
+
+
+def test_mistakes_in_a_module_of_ones_own_are_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "wrong.py").write_text("def f(:\n")
+    (folder / "absent.py").write_text("open('no such file')\n")
+    for name, message in (
+        ("./wrong.py:f", "give the module's name, without folder and .py"),
+        ("wrong:f", "cannot be imported (SyntaxError: "),
+        ("absent:f", "cannot be imported (FileNotFoundError: "),
+    ):
+        images = ["--calibration", "images", "--evaluation", "images", "--metric", name]
+        with pytest.raises(SystemExit):
+            main(["tune", "model.onnx", *images, "--preprocessing", "recipe.json"])
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1

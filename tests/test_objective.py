@@ -17,6 +17,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.goals import DROP_CONSTRAINT
 from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.objective import TrialFailure
 from optuna_quantune.quantization.representation import Representation
 from optuna_quantune.space import SearchSpace
 
@@ -253,6 +254,69 @@ def test_a_float_model_that_predicts_one_class_is_reported(
         )
         _ = objective.float_evaluation
         assert (f"predicts class {given} for all 30 inputs" in caplog.text) == is_said
+
+
+def test_outputs_that_are_no_numbers_are_named(
+    toy_model: Path, toy_inputs: NDArray[np.float32], caplog: pytest.LogCaptureFixture
+) -> None:
+    def float_evaluation(inputs: NDArray[np.float32]) -> None:
+        _ = QuantizationObjective(
+            toy_model,
+            calibration=ArrayInputs(toy_inputs),
+            evaluation=ArrayInputs(inputs),
+            cache=None,
+        ).float_evaluation
+
+    with pytest.raises(InputError, match="not a number .* for any evaluation input"):
+        float_evaluation(np.full_like(toy_inputs, np.nan))
+    one = toy_inputs.copy()
+    one[5] = np.nan
+    float_evaluation(one)
+    assert f"for 1 of {len(one)} evaluation inputs, first for number 5" in caplog.text
+
+
+def test_a_fixed_batch_of_several_inputs_is_refused_at_once(
+    toy_model: Path, toy_inputs: NDArray[np.float32], tmp_path: Path
+) -> None:
+    model = onnx.load(toy_model)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, tmp_path / "four.onnx")
+    with pytest.raises(InputError, match="input 'input' has a fixed batch of 4; export it with"):
+        QuantizationObjective(
+            tmp_path / "four.onnx",
+            calibration=ArrayInputs(toy_inputs),
+            evaluation=ArrayInputs(toy_inputs),
+        )
+
+
+def test_a_model_that_cannot_be_run_is_a_failed_trial_and_the_search_goes_on(
+    objective: QuantizationObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = objective.latency
+
+    def second_fails(model: bytes, **options: int) -> object:
+        if len(study.trials) == 2:
+            raise InputError("model of 10 bytes: ONNX Runtime cannot load it")
+        return measure(model, **options)
+
+    monkeypatch.setattr(objective, "latency", second_fails)
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.BruteForceSampler(seed=0)
+    )
+    study.optimize(objective, n_trials=3, catch=(TrialFailure,))
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert "cannot load it" in study.trials[1].user_attrs["error"]
+
+
+def test_an_export_does_not_overwrite_the_float_model(
+    objective: QuantizationObjective, toy_model: Path
+) -> None:
+    trial = enqueued(objective)
+    before = toy_model.read_bytes()
+    with pytest.raises(InputError, match="is the float model, which would be lost"):
+        objective.export(trial, toy_model)
+    assert toy_model.read_bytes() == before
 
 
 def add_mean_of_batch(graph: onnx.GraphProto) -> None:

@@ -16,9 +16,11 @@ from optuna_quantune import records
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.objective import QuantizationObjective
+from optuna_quantune.plan import SearchPlan
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.space import SearchSpace
+from optuna_quantune.studies import load_study
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
 
@@ -270,3 +272,19 @@ def test_fully_convolutional_classifiers_are_tuned_too(tmp_path: Path) -> None:
     assert result.all_inputs.difference is not None
     expected = (result.all_inputs.quantized.top1 or 0.0) - 1.0
     assert result.all_inputs.difference.estimate == pytest.approx(expected)
+
+
+def test_a_study_with_other_choices_or_bounds_is_refused_and_stays_as_it_is(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path
+) -> None:
+    place = {"storage": str(tmp_path / "trials.log"), "study_name": "mine", "n_trials": 2}
+    run(**place)
+    before = (tmp_path / "trials.log").read_text().count("set_study_user_attr")
+    plan = SearchPlan.of(load_study(place["storage"], "mine"))
+    with pytest.raises(InputError, match="other choices of the knob 'clipping'"):
+        run(**place, space="extended")
+    with pytest.raises(InputError, match="belongs to .* other objectives or bounds"):
+        run(**place, max_size=100_000)
+    assert (tmp_path / "trials.log").read_text().count("set_study_user_attr") == before
+    assert SearchPlan.of(load_study(place["storage"], "mine")).space == plan.space
+    assert len(run(**{**place, "n_trials": 3}).study.trials) == 3

@@ -159,7 +159,7 @@ class Evaluator:
         """The float model measured on the evaluation inputs.
 
         Raises:
-            InputError: If it cannot be run or measured.
+            InputError: If it cannot be run or measured, or gives no number for any input.
         """
         try:
             evaluation = self._evaluate(self._float_model, "float model", None, reference=None)
@@ -170,6 +170,7 @@ class Evaluator:
                 f"metric {self._metric.name!r}: fails for the float model: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        _check_numbers(evaluation.all_outputs)
         if evaluation.measurement.top1 is not None:
             _warn_near_chance(evaluation.measurement.top1, class_scores(evaluation.outputs))
         elif self._metric.of_classes:
@@ -283,7 +284,7 @@ class Evaluator:
     def measure_first(self, parts: Mapping[str, Sequence[NDArray[Any]]], n: int) -> Measurement:
         """Measures the outputs so far, as `on_batch` gets them, of the first n inputs."""
         return self.measure(
-            {name: np.concatenate(batches) for name, batches in parts.items()},
+            {name: _joined(name, batches) for name, batches in parts.items()},
             {name: values[:n] for name, values in self.float_evaluation.all_outputs.items()},
             self._inputs.subset(np.arange(n)),
         )
@@ -340,6 +341,25 @@ def _joined(name: str, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
             "(evaluate=)"
         )
     return np.concatenate(batches)
+
+
+def _check_numbers(outputs: Mapping[str, NDArray[Any]]) -> None:
+    """Looks for inputs, or what a model makes of them, that are no numbers."""
+    for name, values in outputs.items():
+        if values.dtype.kind != "f" or not len(values):
+            continue
+        is_nan = np.isnan(values).reshape(len(values), -1).any(axis=1)
+        first = int(np.argmax(is_nan))
+        if is_nan.all():
+            raise InputError(
+                f"the float model's output {name!r} is not a number (NaN) for any evaluation "
+                "input; look at the inputs and their preprocessing"
+            )
+        if is_nan.any():
+            _logger.warning(
+                f"The float model's output {name!r} is not a number (NaN) for {is_nan.sum()} of "
+                f"{len(values)} evaluation inputs, first for number {first}."
+            )
 
 
 def _warn_near_chance(top1: float, scores: NDArray[Any]) -> None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# The largest number that an array of labels holds.
+_LARGEST_LABEL = 2**63 - 1
+
+
 def read_labels(path: Path, *, images: Path) -> tuple[list[Path], NDArray[np.int64]]:
     """Read which files there are and what their classes are.
 
@@ -57,6 +61,8 @@ def read_labels(path: Path, *, images: Path) -> tuple[list[Path], NDArray[np.int
                 f"{path}, line {line}: label_index must be a whole number from 0 on, "
                 f"not {label!r} (file {name!r})"
             )
+        if int(label) > _LARGEST_LABEL:
+            raise InputError(f"{path}: {name} has the label {label}, which no class has")
         labels.append(int(label))
         file = path.parent / name
         if not file.is_file():

@@ -149,7 +149,7 @@ class Preprocessing:
             InputError: The file cannot be read, is not a JSON object, or its recipe is wrong.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise InputError(f"{path}: cannot read preprocessing: {error.strerror}") from error
         except ValueError as error:
@@ -196,9 +196,15 @@ class Preprocessing:
             ``layout``.
 
         Raises:
-            InputError: The image is smaller than the crop. (A crop beyond the border would be
-                filled with black, which no model has seen.)
+            InputError: The image is smaller than the crop (a crop beyond the border would be
+                filled with black, which no model has seen), or has more than 8 bits a channel,
+                which Pillow would cut off at 255.
         """
+        if image.mode.startswith(("I", "F")):
+            raise InputError(
+                f"has pixels of mode {image.mode}, not of 8 bits a channel; convert it, or give "
+                "arrays"
+            )
         image = image.convert("L" if self.channel_order == "L" else "RGB")
         image = self._cropped(self._resized(image))
         pixels = np.asarray(image).reshape(image.height, image.width, self.channels)
@@ -264,7 +270,10 @@ def _numbers(key: str, values: object) -> tuple[float, ...]:
         isinstance(value, int | float) and not isinstance(value, bool) for value in values
     ):
         raise InputError(f"preprocessing: {key} must be numbers, not {values!r}")
-    return tuple(float(value) for value in values)
+    try:
+        return tuple(float(value) for value in values)
+    except OverflowError as error:
+        raise InputError(f"preprocessing: {key} has a number that is too large") from error
 
 
 def _pixels(key: str, value: object) -> int:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.console import ConsoleOptions
 from rich.console import RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
 from optuna_quantune.quantization.lint import channel_spread
@@ -128,7 +129,7 @@ def result_table(result: TuningResult) -> Table:
         table.add_column(column, justify="right" if column else "left")
     for section in result_sections(result.summary):
         if section.title:
-            table.add_row(f"[bold]{section.title}")
+            table.add_row(Text(section.title, style="bold"))
         for row in section.rows:
             name = f"  {row.name}" if section.title else row.name
             table.add_row(name, row.float_model, row.quantized, row.difference)

@@ -159,3 +159,10 @@ def test_a_bad_json_file_is_named(tmp_path: Path, content: str | None, message: 
     with pytest.raises(InputError, match=message) as raised:
         Preprocessing.from_json(path)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_a_channel_are_not_cut_off(dtype: type) -> None:
+    image = Image.fromarray(np.full((16, 16), 300, dtype=dtype))
+    with pytest.raises(InputError, match="not of 8 bits a channel"):
+        Preprocessing(mean=(0.0,), std=(1.0,), scale=1.0, channel_order="L").pixels(image)
