@@ -95,7 +95,7 @@ class Goals:
             LATENCY_CONSTRAINT: self.max_latency,
             SIZE_CONSTRAINT: self.max_size,
         }
-        return {name: bound for name, bound in every.items() if bound is not None}
+        return {name: float(bound) for name, bound in every.items() if bound is not None}
 
     def constraints(self, outcome: Outcome) -> dict[str, float]:
         """The constraints of a trial, by name; one for each bound."""

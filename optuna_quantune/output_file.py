@@ -32,11 +32,14 @@ def check_folder(path: Path, what: str) -> None:
         what: What it is, for messages.
 
     Raises:
-        InputError: If the folder is missing or cannot be written to, or `path` is a folder.
+        InputError: If the folder is missing or cannot be written to, or `path` is something else
+            than a file.
     """
     try:
         if path.is_dir():
             raise InputError(f"{what} {path}: is a folder; name the file to write")
+        if path.exists() and not path.is_file():  # a device or a pipe would be replaced
+            raise InputError(f"{what} {path}: is no file; name the file to write")
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp"):
             pass
     except OSError as error:

@@ -131,6 +131,9 @@ class SearchPlan:
     def note(self, study: optuna.Study) -> None:
         """Keeps it in a study."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in fields.items():
+            if isinstance(value, np.generic):  # which JSON does not take
+                fields[name] = value.item()
         fields["space"] = {
             name: json.loads(distribution_to_json(distribution))
             for name, distribution in self.space.items()

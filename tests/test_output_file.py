@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -56,3 +57,9 @@ def test_the_float_model_is_never_written_over(tmp_path: Path) -> None:
     for output in (float_model, link):
         with pytest.raises(InputError, match="is the float model, which would be lost"):
             check_writable(output, float_model)
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path, toy_model: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(InputError, match="is no file"):
+        check_writable(tmp_path / "pipe.onnx", toy_model)

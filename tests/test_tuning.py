@@ -288,3 +288,10 @@ def test_a_study_with_other_choices_or_bounds_is_refused_and_stays_as_it_is(  # 
     assert (tmp_path / "trials.log").read_text().count("set_study_user_attr") == before
     assert SearchPlan.of(load_study(place["storage"], "mine")).space == plan.space
     assert len(run(**{**place, "n_trials": 3}).study.trials) == 3
+
+
+def test_bounds_may_be_numbers_of_numpy(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    bounds = {"max_accuracy_drop": np.float32(0.5), "max_size": np.int64(10**6)}
+    place = {"storage": str(tmp_path / "trials.log"), "study_name": "mine"}
+    run(**place, **bounds, n_trials=1)
+    assert SearchPlan.of(load_study(place["storage"], "mine")).max_size == 10**6
