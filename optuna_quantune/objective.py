@@ -35,6 +35,8 @@ from optuna_quantune.evaluation.chosen_metric import Direction
 from optuna_quantune.evaluation.chosen_metric import MetricFunction
 from optuna_quantune.evaluation.chosen_metric import MetricName
 from optuna_quantune.evaluation.chosen_metric import SessionFunction
+from optuna_quantune.evaluation.dataset import as_input_source
+from optuna_quantune.evaluation.dataset import Inputs
 from optuna_quantune.evaluation.dataset import InputSource
 from optuna_quantune.evaluation.dataset import InputSpec
 from optuna_quantune.evaluation.evaluator import Evaluation
@@ -129,7 +131,8 @@ class QuantizationObjective:
 
     Args:
         model: The float ONNX model.
-        calibration: Inputs that activation ranges are taken from.
+        calibration: Inputs that activation ranges are taken from: an input source, an array or
+            arrays by input name, or the path of a file of arrays.
         evaluation: Inputs, with labels if there are any, that configurations are measured on.
             None only with `evaluate`, which brings its own.
         space: The search space; the ``quantune`` preset by default.
@@ -178,8 +181,8 @@ class QuantizationObjective:
         self,
         model: str | Path,
         *,
-        calibration: InputSource,
-        evaluation: InputSource | None = None,
+        calibration: Inputs,
+        evaluation: Inputs | None = None,
         space: SearchSpace | None = None,
         metric: MetricName | MetricFunction | None = None,
         evaluate: SessionFunction | None = None,
@@ -222,6 +225,8 @@ class QuantizationObjective:
                 "numbers, so that noise cannot be measured"
             )
         specs = [InputSpec(i.name, i.shape, i.dtype) for i in self.model.inputs]
+        calibration = as_input_source(calibration)
+        evaluation = None if evaluation is None else as_input_source(evaluation)
         self.calibration = calibration.bind(specs)
         if evaluation is None and evaluate is None:
             raise InputError("evaluation: give inputs, or a function of your own as evaluate")

@@ -30,7 +30,8 @@ from optuna_quantune.evaluation.chosen_metric import Direction
 from optuna_quantune.evaluation.chosen_metric import MetricFunction
 from optuna_quantune.evaluation.chosen_metric import MetricName
 from optuna_quantune.evaluation.chosen_metric import SessionFunction
-from optuna_quantune.evaluation.dataset import InputSource
+from optuna_quantune.evaluation.dataset import as_input_source
+from optuna_quantune.evaluation.dataset import Inputs
 from optuna_quantune.evaluation.evaluator import Progress
 from optuna_quantune.evaluation.latency import LatencyRatio
 from optuna_quantune.evaluation.runner import Provider
@@ -151,8 +152,8 @@ class TuningResult:
 def tune(
     model: str | Path,
     *,
-    calibration: InputSource,
-    evaluation: InputSource | None = None,
+    calibration: Inputs,
+    evaluation: Inputs | None = None,
     space: SearchSpace | str = "quantune",
     metric: MetricName | MetricFunction | None = None,
     evaluate: SessionFunction | None = None,
@@ -198,7 +199,8 @@ def tune(
 
     Args:
         model: The float ONNX model.
-        calibration: Inputs that activation ranges are taken from.
+        calibration: Inputs that activation ranges are taken from: an input source, an array or
+            arrays by input name, or the path of a file of arrays.
         evaluation: Inputs, with labels if there are any, that accuracy is measured on; may be
             left out with `evaluate`.
         space: A search space, or the name of a preset.
@@ -253,6 +255,8 @@ def tune(
         raise InputError(f"prefer {prefer!r}: use 'latency', 'size' or 'accuracy'")
     if output is not None:
         check_writable(output, model)
+    calibration = as_input_source(calibration)
+    evaluation = None if evaluation is None else as_input_source(evaluation)
     plan = SearchPlan(
         space=SearchSpace.load(space) if isinstance(space, str) else space,
         metric=None if callable(metric) else metric,

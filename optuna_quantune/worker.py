@@ -19,7 +19,8 @@ from optuna_quantune.chosen_sampler import Source
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import MetricFunction
 from optuna_quantune.evaluation.chosen_metric import SessionFunction
-from optuna_quantune.evaluation.dataset import InputSource
+from optuna_quantune.evaluation.dataset import as_input_source
+from optuna_quantune.evaluation.dataset import Inputs
 from optuna_quantune.evaluation.evaluator import Progress
 from optuna_quantune.evaluation.runner import Provider
 from optuna_quantune.objective import DEFAULT_CACHE
@@ -36,8 +37,8 @@ def work(
     *,
     storage: BaseStorage | str,
     study_name: str | None = None,
-    calibration: InputSource,
-    evaluation: InputSource | None = None,
+    calibration: Inputs,
+    evaluation: Inputs | None = None,
     metric: MetricFunction | None = None,
     evaluate: SessionFunction | None = None,
     target: Target | None = None,
@@ -97,6 +98,7 @@ def work(
             f"study {study.study_name!r}: is measured by a function of your own, "
             f"{study.user_attrs.get('metric')!r}; give it as metric or evaluate"
         )
+    evaluation = None if evaluation is None else as_input_source(evaluation)
     selecting, _ = split(evaluation, plan.seed, own_inputs=evaluate is not None)
     objective = plan.objective(
         model,

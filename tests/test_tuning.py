@@ -295,3 +295,14 @@ def test_bounds_may_be_numbers_of_numpy(run, tmp_path: Path) -> None:  # type: i
     place = {"storage": str(tmp_path / "trials.log"), "study_name": "mine"}
     run(**place, **bounds, n_trials=1)
     assert SearchPlan.of(load_study(place["storage"], "mine")).max_size == 10**6
+
+
+def test_arrays_and_files_are_inputs_as_they_are(  # type: ignore[no-untyped-def]
+    run, toy_inputs: NDArray[np.float32], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "inputs.npz", input=toy_inputs)
+    of_array = run(calibration=toy_inputs, evaluation={"input": toy_inputs}, n_trials=2)
+    of_file = run(calibration=tmp_path / "inputs.npz", evaluation=toy_inputs, n_trials=2)
+    assert [t.value for t in of_array.study.trials] == [t.value for t in of_file.study.trials]
+    with pytest.raises(InputError):
+        run(calibration=3)

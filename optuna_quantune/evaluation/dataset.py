@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.array_file import ARRAY_SUFFIXES
@@ -24,12 +27,18 @@ if TYPE_CHECKING:
 
     from optuna_quantune.evaluation.preprocessing import Recipe
 
+# What `as_input_source` makes a source of; readers, which differ from caller to caller, besides.
+Inputs: TypeAlias = (
+    InputSource | NDArray[Any] | Mapping[str, NDArray[Any]] | str | os.PathLike[str]
+)
+
 __all__ = [
     "ArrayFile",
     "ArrayInputs",
     "ImageFolder",
     "InputSource",
     "InputSpec",
+    "Inputs",
     "ReaderInputs",
     "as_input_source",
 ]
