@@ -44,6 +44,8 @@ FINISHED: Final = (TrialState.COMPLETE, TrialState.PRUNED)
 # Other processes' trials are waited for as long as the longest trial took, and as much again.
 _PATIENCE: Final = 2.0
 _POLL_SECONDS: Final = 0.2
+# Seconds that a line of a journal may take to be written.
+_LONGEST_WRITE: Final = 2.0
 
 _logger = logging.getLogger(__name__)
 
@@ -148,10 +150,11 @@ def _check_journal(path: Path) -> None:
     """
     if not path.is_file() or not path.stat().st_size:
         return
+    deadline = time.monotonic() + _LONGEST_WRITE
+    while not (is_whole := _ends_in_a_line(path)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)  # another process may just be writing it
     with path.open("rb") as file:
         first = file.readline()
-        file.seek(-1, os.SEEK_END)
-        is_whole = file.read(1) == b"\n"
     try:
         is_journal = "op_code" in json.loads(first)
     except (ValueError, TypeError):
@@ -163,6 +166,12 @@ def _check_journal(path: Path) -> None:
             f"storage {path}: its last line is half written, as after a crash; remove that line, "
             "and the rest goes on"
         )
+
+
+def _ends_in_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def check_space(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> None:
