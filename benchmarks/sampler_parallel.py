@@ -92,17 +92,17 @@ def main() -> None:
                 for row in one_and_four_workers(partial(make_problem, name, seed))
             ]
             frame = pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
-            frame.to_csv(file, index=False, float_format="%.6g")
+            frame.to_csv(file, index=False)
             print(f"{kind}: {name}", flush=True)
     write(frame)
 
 
-def one_and_four_workers(make_problem: Callable[[], Problem]) -> Iterator[dict[str, float]]:
-    """Regret of both searches after each trial."""
+def one_and_four_workers(make_problem: Callable[[], Problem]) -> Iterator[dict[str, Any]]:
+    """Both searches; ``regret`` has the least regret after each trial, with blanks between."""
     for n_workers in (1, 4):
         regret, n_repeated = search(make_problem(), n_workers)
-        for n, value in enumerate(regret, start=1):
-            yield {"workers": n_workers, "trials": n, "regret": value, "repeated": n_repeated}
+        curve = " ".join(f"{value:.5g}" for value in regret)
+        yield {"workers": n_workers, "repeated": n_repeated, "regret": curve}
 
 
 def synthetic(family: str, seed: int) -> Problem:
@@ -159,10 +159,13 @@ def write(frame: pd.DataFrame) -> None:
         f"{machine.as_markdown(machine.describe())}.",
         "",
         f"`python -m benchmarks.sampler_parallel {' '.join(sys.argv[1:])}`. "
-        f"Configurations asked for twice: {frame[frame.trials == 1].repeated.sum()}.",
+        f"Configurations asked for twice: {frame.repeated.sum()}.",
         "Mean normalised regret after as many finished trials, with its standard error.",
         "",
     ]
+    frame = frame.assign(regret=frame.regret.str.split()).explode("regret")
+    frame["regret"] = frame.regret.astype(float)
+    frame["trials"] = 1 + frame.groupby(["tables", "name", "seed", "workers"]).cumcount()
     for kind, group in frame.groupby("tables", sort=False):
         lines += section(str(kind), group)
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
