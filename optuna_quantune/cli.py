@@ -349,7 +349,7 @@ def inspect_command(
 
     Of a quantized MODEL, also one made by another tool, it shows what stands out.
     """
-    console = _stdout()
+    console = _console()
     if (quantized := load_quantized(model)) is not None:
         source = None if float_model is None else load_float_model(float_model)
         _print_findings(console, lint_quantized(quantized, float_model=source))
@@ -400,7 +400,7 @@ def _tune(
     providers: Sequence[str] = (),
     **options: Any,
 ) -> None:
-    console = _stdout()
+    console = _console()
     if report is not None:
         check_report(report)
     with _progress() as progress:
@@ -459,19 +459,19 @@ def _warn(findings: Sequence[Finding]) -> None:
         click.echo(line, err=True)
 
 
-def _stdout() -> Console:
+def _console(*, stderr: bool = False) -> Console:
     # Names and paths may have brackets, which are no markup.
-    console = Console(markup=False)
-    return console if console.is_terminal else Console(markup=False, width=_PLAIN_WIDTH)
+    console = Console(stderr=stderr, markup=False)
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, markup=False, width=_PLAIN_WIDTH)
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[ProgressBars]:
     # Trials are printed as lines, those that fail with their reason: not with a traceback, too.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    console = Console(stderr=True, markup=False)
-    if not console.is_terminal:
-        console = Console(stderr=True, markup=False, width=_PLAIN_WIDTH)
+    console = _console(stderr=True)
     logger = logging.getLogger("optuna_quantune")
     logger.setLevel(logging.INFO)
     handler = RichHandler(console=console, show_time=False, show_path=False)

@@ -66,7 +66,7 @@ from optuna_quantune.output_file import check_writable
 from optuna_quantune.output_file import write_model
 from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.config import QuantizationConfig
-from optuna_quantune.quantization.measurable_outputs import with_measurable_outputs
+from optuna_quantune.quantization.measurable_outputs import measurable_outputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import NoisePrediction
@@ -219,7 +219,7 @@ class QuantizationObjective:
         if providers is not None:
             check_providers(providers)
             self.target = dataclasses.replace(self.target, providers=tuple(providers))
-        if not any(o.dtype.kind == "f" for o in with_measurable_outputs(self.model).outputs):
+        if not any(o.dtype.kind == "f" for o in measurable_outputs(self.model)):
             raise InputError(
                 f"model {model}: neither an output nor what an output is selected from is of real "
                 "numbers, so that noise cannot be measured"

@@ -102,14 +102,13 @@ def class_scores(outputs: NDArray[Any]) -> NDArray[Any]:
     Raises:
         InputError: The outputs have another shape.
     """
-    scores = outputs[:, :, 0, 0] if outputs.ndim == 4 and outputs.shape[2:] == (1, 1) else outputs
-    if scores.ndim != 2 or scores.shape[1] < 2 or not len(scores):
+    if not (outputs.ndim and outputs.size and can_be_class_scores(outputs.shape)):
         raise InputError(
             f"the model's output has the shape {outputs.shape}, not (inputs, classes): accuracy "
             "and agreement need a classifier; give a metric of your own for other models, or "
             "sqnr_db, which compares outputs of any kind"
         )
-    return scores
+    return outputs.reshape(outputs.shape[:2])
 
 
 def can_be_class_scores(shape: tuple[int | None, ...]) -> bool:

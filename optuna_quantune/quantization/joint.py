@@ -30,7 +30,7 @@ from optuna_quantune.pipeline import ordered_map
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.disturbance import behind
 from optuna_quantune.quantization.disturbance import Insertion
-from optuna_quantune.quantization.measurable_outputs import with_measurable_outputs
+from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.scheme import QuantizationParameters
 from optuna_quantune.quantization.session import make_session
@@ -73,6 +73,7 @@ class JointNoise:
 
     Args:
         quantizer: Of the float model.
+        model: That model, with the outputs that noise is measured at.
         inputs: A few inputs of batch size 1, by name.
         threads: Threads of all runs that are side by side; None is one for each core.
     """
@@ -80,13 +81,14 @@ class JointNoise:
     def __init__(
         self,
         quantizer: Quantizer,
+        model: FloatModel,
         inputs: Sequence[Mapping[str, NDArray[Any]]],
         *,
         threads: int | None = None,
     ) -> None:
         self._workers = threads or available_cores()
         self._quantizer = quantizer
-        self._model = with_measurable_outputs(quantizer.model)
+        self._model = model
         first = math.ceil(_FIRST * len(inputs))
         self._feeds = [
             self._in_batches(part) if self._model.takes_batches and alike(inputs) else part

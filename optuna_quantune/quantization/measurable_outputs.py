@@ -20,6 +20,7 @@ from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import tensor_spec
+from optuna_quantune.quantization.model import TensorSpec
 
 
 # The number of their values depends on the values that they read.
@@ -29,17 +30,24 @@ _OF_SHAPE: Final = frozenset({"Shape", "Size"})
 
 
 def with_measurable_outputs(model: FloatModel) -> FloatModel:
-    """The model with outputs of real numbers that are no selection; itself if it has these.
+    """The model with its `measurable_outputs`; itself if it has these already.
+
+    Its nodes and layers stay: what is computed behind these outputs has no noise.
+    """
+    outputs = measurable_outputs(model)
+    if outputs == model.outputs:
+        return model
+    declared = {v.name: v for v in (*model.proto.graph.value_info, *model.proto.graph.output)}
+    proto = copy_of(model.proto)
+    refill(proto.graph.output, (declared[output.name] for output in outputs))
+    return replace(model, proto=proto, outputs=outputs)
+
+
+def measurable_outputs(model: FloatModel) -> tuple[TensorSpec, ...]:
+    """The outputs of real numbers that are no selection.
 
     Outputs behind a selection, and those of integers where there are no others, give way to the
-    last tensors of real numbers before it. What is computed behind these has no noise.
-
-    Args:
-        model: The float model.
-
-    Returns:
-        The same nodes and layers with other outputs; the model itself if nothing must change or
-        nothing can be measured.
+    last tensors of real numbers before it. Where there is nothing of the kind, the model's own.
     """
     graph = model.proto.graph
     varying, selected = _varying_and_selected(graph)
@@ -47,14 +55,9 @@ def with_measurable_outputs(model: FloatModel) -> FloatModel:
     kept = [o.name for o in graph.output if o.name in real and o.name not in selected]
     lost = [o.name for o in graph.output if o.name in selected or not kept]
     if not lost:
-        return model
+        return model.outputs
     found = [*kept, *_before(lost, graph, varying & real.keys() - selected)]
-    outputs = [real[name] for name in dict.fromkeys(found)]
-    if not outputs:
-        return model
-    proto = copy_of(model.proto)
-    refill(proto.graph.output, outputs)
-    return replace(model, proto=proto, outputs=tuple(tensor_spec(value) for value in outputs))
+    return tuple(tensor_spec(real[name]) for name in dict.fromkeys(found)) or model.outputs
 
 
 def _varying_and_selected(graph: onnx.GraphProto) -> tuple[set[str], set[str]]:

@@ -24,7 +24,7 @@ from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.graph import attribute_of
-from optuna_quantune.quantization.measurable_outputs import with_measurable_outputs
+from optuna_quantune.quantization.measurable_outputs import measurable_outputs
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.placement import statistics_sources
 from optuna_quantune.quantization.probe import Probe
@@ -195,7 +195,7 @@ class NoiseModel:
         self._probe = probe
         self._signal = max(probe.output_power, np.finfo(np.float64).tiny)
         self._layers = {layer.weight: layer for layer in quantizer.model.layers}
-        output = with_measurable_outputs(quantizer.model).outputs[0].name
+        output = measurable_outputs(quantizer.model)[0].name
         self._output = statistics_sources(quantizer.model.proto.graph).get(output, output)
         self._activations: dict[QuantizationConfig, _Activations] = {}
         self._weights: dict[QuantizationConfig, Mapping[str, float]] = {}

@@ -244,7 +244,7 @@ def probe(
         channel_mean=moments.mean(),
         channel_power=moments.power(),
         output_power=outputs.power,
-        joint=JointNoise(quantizer, joint, threads=threads),
+        joint=JointNoise(quantizer, model, joint, threads=threads),
     )
 
 

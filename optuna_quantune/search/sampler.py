@@ -306,7 +306,8 @@ class QuantuneSampler(BaseSampler):
         if any(trial.state == TrialState.WAITING for trial in trials):
             return False  # what is enqueued is still to be measured
         names = configurations.encoding.name_set
-        if len(trials) < len(configurations.all) and all(t.params.keys() >= names for t in trials):
+        ended = (t for t in trials if t.state == TrialState.COMPLETE or t.number == ending)
+        if len(trials) < len(configurations.all) and all(t.params.keys() >= names for t in ended):
             return False
         history = read_history(study, configurations.encoding, None, ending=ending)
         return not configurations.unseen(configurations.all.codes, history.seen).any()

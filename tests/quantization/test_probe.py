@@ -113,9 +113,11 @@ def test_inputs_of_several_lengths_are_not_put_into_one_batch(tmp_path: Path) ->
     quantizer = two_layers(tmp_path, first, second, inputs, length=("t",))
     feeds = [{"x": inputs[i : i + 1, : 2 + i % 3]} for i in range(8)]
     config = QuantizationConfig(granularity="tensor")
-    several = JointNoise(quantizer, feeds).of_weights(config).total
+    several = JointNoise(quantizer, quantizer.model, feeds).of_weights(config).total
     flat = {"x": np.concatenate([feed["x"] for feed in feeds], axis=1)}
-    assert several == pytest.approx(JointNoise(quantizer, [flat]).of_weights(config).total)
+    assert several == pytest.approx(
+        JointNoise(quantizer, quantizer.model, [flat]).of_weights(config).total
+    )
 
 
 @pytest.mark.parametrize("batch", ["n", 1])
@@ -128,7 +130,7 @@ def test_weights_that_drown_the_signal_are_measured_together(
     second = rng.standard_normal((30, 20)).astype(np.float32) / spread[:, None]
     inputs = rng.standard_normal((64, 40)).astype(np.float32)
     quantizer = two_layers(tmp_path, first, second, inputs, batch)
-    joint = JointNoise(quantizer, one_by_one(inputs, 8))
+    joint = JointNoise(quantizer, quantizer.model, one_by_one(inputs, 8))
     config = QuantizationConfig(granularity="tensor", scheme="symmetric")
     constants = quantizer.plan(config).constants
     wrong = [
