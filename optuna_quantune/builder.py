@@ -27,6 +27,7 @@ from optuna_quantune.quantization.equalization import equalize
 from optuna_quantune.quantization.fusion import separate
 from optuna_quantune.quantization.layer_inputs import input_moments
 from optuna_quantune.quantization.layer_inputs import Moments
+from optuna_quantune.quantization.masks import masked
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
@@ -198,7 +199,8 @@ class Builder:
     def _calibrated(self, model: FloatModel) -> tuple[Placement, CalibrationStatistics]:
         """Where the pairs of a model stand, and the statistics of what they round.
 
-        What is infinite, as behind a mask, has none: the nodes around it are kept in float.
+        What is infinite, as behind a mask, has none: the nodes around it are kept in float, and so
+        are those around what a mask has moved as far that a step of integers decides a softmax.
         """
         placement = place(model)
         default = QuantizationConfig().calibration_images
@@ -209,7 +211,7 @@ class Builder:
             if "off" in self._choices("fusion", default="runtime"):
                 placements.append(separate(placement, model.proto.graph))
             try:
-                return placement, calibrate(
+                statistics = calibrate(
                     model,
                     self._calibration,
                     required_activations(*placements),
@@ -224,13 +226,22 @@ class Builder:
                 unchanged = len(kept.activations) == len(placement.activations)
                 if unchanged or error.tensor in ends or not error.is_number:
                     raise first from None
-                if error.tensor not in self._infinite:
-                    _logger.warning(
-                        f"Activation {error.tensor!r} is not finite for some calibration input, "
-                        f"as behind a mask: {', '.join(map(repr, around))} stay in float."
-                    )
-                    self._infinite.add(error.tensor)
+                self._warn_of_mask(error.tensor, "infinite, or nearly so,", around)
                 placement = kept
+                continue
+            for tensor in masked(model.proto.graph, statistics):
+                around = nodes_around(model.proto.graph, tensor)
+                self._warn_of_mask(tensor, "far apart", around)
+                placement = keep_float(placement, model, around)
+            return placement, statistics
+
+    def _warn_of_mask(self, tensor: str, what: str, around: Sequence[str]) -> None:
+        if tensor not in self._infinite:
+            _logger.warning(
+                f"Activation {tensor!r} is {what} for some calibration input, as behind a mask: "
+                f"{', '.join(map(repr, around))} stay in float."
+            )
+            self._infinite.add(tensor)
 
     def _noise(self, *, equalized: bool) -> NoiseModel:
         with self._lock:

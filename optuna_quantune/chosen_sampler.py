@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 from typing import Final
 from typing import TypeAlias
@@ -70,6 +71,10 @@ def make_sampler(
     return _sampler_of_optuna(sampler, space, seed)
 
 
+# Packages that samplers of Optuna import only after their first trials, in the midst of a search.
+_NEEDS: Final = {"GPSampler": "torch", "CmaEsSampler": "cmaes"}
+
+
 def _sampler_of_optuna(name: str, space: SearchSpace, seed: int) -> BaseSampler:
     known = [
         item
@@ -81,6 +86,9 @@ def _sampler_of_optuna(name: str, space: SearchSpace, seed: int) -> BaseSampler:
             f"sampler {name!r}: unknown; use 'quantune', 'module:factory' or one of "
             f"{', '.join(known)}"
         )
+    package = _NEEDS.get(name)
+    if package is not None and find_spec(package) is None:
+        raise InputError(f"sampler {name!r}: needs the package {package!r}; pip install {package}")
     constructor = getattr(optuna.samplers, name)
     accepted = inspect.signature(constructor).parameters
     arguments: dict[str, Any] = {"seed": seed} if "seed" in accepted else {}

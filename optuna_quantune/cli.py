@@ -383,8 +383,8 @@ def _objective_without_evaluation(
     return QuantizationObjective(
         model,
         calibration=inputs,
-        evaluation=inputs,
-        metric="sqnr_db",
+        # Runs nothing, whatever the outputs are: nothing is measured.
+        evaluate=lambda session: 0.0,
         providers=[read_provider(text) for text in providers] or None,
         **options,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from optuna_quantune.evaluation.metrics import top_k_correct
 from optuna_quantune.objective import QuantizationObjective
 
 
+_logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The chosen model beside the float model on the same inputs.
@@ -30,7 +34,8 @@ class Comparison:
         float_model: The float model's measurement.
         quantized: The quantized model's measurement.
         difference: Quantized minus float metric with its paired 95 % interval; None for the
-            noise ratio and for a loop of the user's, of which nothing is known but its value.
+            noise ratio, for a loop of the user's, of which nothing is known but its value, and for
+            a metric of the user's that fails on parts of the inputs.
     """
 
     inputs: int
@@ -39,26 +44,46 @@ class Comparison:
     difference: Interval | None
 
 
+def float_outputs(
+    objective: QuantizationObjective, evaluation: InputSource | None, held_out: NDArray[np.int64]
+) -> Mapping[str, NDArray[Any]]:
+    """The float model's outputs for all evaluation inputs, measured as the search will be.
+
+    Before a search it finds what is wrong with the inputs that take no part in it.
+
+    Raises:
+        InputError: If the float model cannot be run or measured on them.
+    """
+    selected = objective.float_evaluation.all_outputs
+    if evaluation is None or not held_out.size:
+        return selected
+    rest = objective.evaluate_float_model(evaluation.subset(held_out)).all_outputs
+    selecting = np.setdiff1d(np.arange(len(evaluation)), held_out)
+    return {
+        name: _merged((selecting, selected[name]), (held_out, rest[name])) for name in selected
+    }
+
+
 def compare_with_float(
     objective: QuantizationObjective,
     model: Path | bytes,
     evaluation: InputSource | None,
+    reference: Mapping[str, NDArray[Any]],
     held_out: NDArray[np.int64],
 ) -> tuple[Comparison, Comparison | None]:
-    """Float and quantized model on all inputs, and on those that took no part in the search."""
+    """Float and quantized model on all inputs, and on those that took no part in the search.
+
+    Args:
+        objective: What the search measured.
+        model: The quantized model.
+        evaluation: All evaluation inputs; None where a loop of the user's brings its own.
+        reference: The float model's outputs for them, as from `float_outputs`.
+        held_out: Indices of those that took no part.
+    """
     metric = objective.chosen_metric
-    before = objective.float_evaluation
     if evaluation is None or metric.loop is not None:
-        after = objective.evaluate(model)
+        before, after = objective.float_evaluation, objective.evaluate(model)
         return Comparison(after.measurement.n, before.measurement, after.measurement, None), None
-    reference = before.all_outputs
-    if held_out.size:
-        unseen = evaluation.subset(held_out)
-        rest = objective.outputs(objective.model.path, unseen, "float model")
-        selecting = np.setdiff1d(np.arange(len(evaluation)), held_out)
-        reference = {
-            name: _merged((selecting, reference[name]), (held_out, rest[name])) for name in rest
-        }
     outputs = objective.outputs(model, evaluation, "final model")
     everything = _compare(metric, outputs, reference, evaluation)
     if not held_out.size:
@@ -67,7 +92,7 @@ def compare_with_float(
         metric,
         {name: values[held_out] for name, values in outputs.items()},
         {name: values[held_out] for name, values in reference.items()},
-        unseen,
+        evaluation.subset(held_out),
     )
 
 
@@ -100,7 +125,13 @@ def _compare(
 
     difference = None
     if metric.is_own and len(inputs) > 1:
-        difference = jackknife_interval(own_difference, len(inputs))
+        try:
+            difference = jackknife_interval(own_difference, len(inputs))
+        except Exception as error:  # whatever a user's function raises on a part of the inputs
+            _logger.warning(
+                f"The difference in {metric.name!r} has no interval: the metric fails on part of "
+                f"the inputs ({type(error).__name__}: {error})."
+            )
     elif metric.of_classes:
         first = next(iter(outputs))
         ours, theirs = outputs[first], reference[first]

@@ -60,11 +60,14 @@ class Ladder:
         """What the outcome of each input bears before it flips, shape (n,).
 
         For top-1 and agreement the outcome is the predicted class, for top-5 whether the label is
-        among the five highest scores.
+        among the five highest scores. Where scores are not numbers it bears nothing.
         """
         if self.metric != "top5":
-            return margins(self.scores)
-        return np.abs(self.left(np.arange(len(self.scores)), self.scores))
+            found = margins(self.scores)
+        else:
+            found = np.abs(self.left(np.arange(len(self.scores)), self.scores))
+        largest = np.max(found, where=np.isfinite(found), initial=0.0)
+        return np.nan_to_num(found, nan=0.0, posinf=largest)
 
     @cached_property
     def order(self) -> NDArray[np.int64]:

@@ -62,8 +62,11 @@ from optuna_quantune.goals import Outcome
 from optuna_quantune.ladder import Climb
 from optuna_quantune.ladder import Ladder
 from optuna_quantune.ladder import RANKS
+from optuna_quantune.output_file import check_cache
 from optuna_quantune.output_file import check_writable
 from optuna_quantune.output_file import write_model
+from optuna_quantune.process import PROCESS_KEY
+from optuna_quantune.process import this_process
 from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.measurable_outputs import measurable_outputs
@@ -77,6 +80,7 @@ from optuna_quantune.search.configurations import CONSTRAINT_PRIOR
 from optuna_quantune.search.configurations import PRIOR_FEATURE
 from optuna_quantune.search.pruner import BAR_KEY
 from optuna_quantune.search.pruner import CORRECT_KEY
+from optuna_quantune.search.pruner import RacingPruner
 from optuna_quantune.search.pruner import RUNGS_KEY
 from optuna_quantune.search.pruner import SEEN_KEY
 from optuna_quantune.selection import AGREES_KEY
@@ -216,6 +220,8 @@ class QuantizationObjective:
                 f"model {model}: input {fixed[0].name!r} has a fixed batch of "
                 f"{fixed[0].shape[0]}; export it with a free first axis, or one of 1"
             )
+        if cache is not None and Path(cache) != Path(DEFAULT_CACHE):
+            check_cache(Path(cache))
         if providers is not None:
             check_providers(providers)
             self.target = dataclasses.replace(self.target, providers=tuple(providers))
@@ -318,6 +324,14 @@ class QuantizationObjective:
             InputError: If it cannot be run or measured.
         """
         return self._evaluator.float_evaluation
+
+    def evaluate_float_model(self, inputs: InputSource) -> Evaluation:
+        """The float model measured on other inputs, such as those that take no part in a search.
+
+        Raises:
+            InputError: If it cannot be run or measured on them.
+        """
+        return self._evaluator.evaluate_float_model(inputs)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -451,6 +465,7 @@ class QuantizationObjective:
             optuna.TrialPruned: If the study's pruner stops the trial.
         """
         self.claim(trial.study)
+        trial.set_user_attr(PROCESS_KEY, this_process())
         self.prepare()
         config = self.space.suggest(trial)
         try:
@@ -473,7 +488,8 @@ class QuantizationObjective:
         twin = _finished_twin(trial, quantized.digest)
         if twin is not None:
             for name, attribute in twin.user_attrs.items():
-                trial.set_user_attr(name, attribute)
+                if name != PROCESS_KEY:
+                    trial.set_user_attr(name, attribute)
             trial.set_user_attr("config", dataclasses.asdict(config))
             trial.set_user_attr("duplicate_of", twin.number)
             if twin.state == TrialState.PRUNED:
@@ -707,12 +723,14 @@ class QuantizationObjective:
     def _reporter(self, trial: Trial) -> OnBatch | None:
         """Reports intermediate values of a trial; Optuna has none for several objectives.
 
-        A function of the user's may be slow: without a pruner that could use them it is not
-        called for parts of the inputs.
+        A function of the user's may be slow, or mean nothing on a part of the inputs, and noise
+        needs all outputs so far: without a pruner that uses such values they are not made.
         """
         if not self.goals.is_single or self.chosen_metric.loop is not None:
             return None
-        if self.chosen_metric.is_own and isinstance(trial.study.pruner, NopPruner):
+        # Racing needs rungs with intervals, which only a ladder has.
+        is_unused = isinstance(trial.study.pruner, NopPruner | RacingPruner)
+        if is_unused and not self.chosen_metric.of_classes:
             return None
         total, reported = len(self.evaluation), 0
 

@@ -46,6 +46,22 @@ def check_folder(path: Path, what: str) -> None:
         raise InputError(f"{what} {path}: cannot be written ({error.strerror})") from error
 
 
+def check_cache(folder: Path) -> None:
+    """Finds out before any work whether a folder can keep files; makes it if it is not there.
+
+    Raises:
+        InputError: If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cache {folder}: cannot be written ({error.strerror}); name another folder"
+        ) from error
+
+
 def write_model(model: onnx.ModelProto, path: str | Path) -> Path:
     """Writes a model.
 

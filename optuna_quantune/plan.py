@@ -41,7 +41,7 @@ _KINDS: Final[dict[str, type | UnionType]] = {
     "sampler": str | None,
     "max_accuracy_drop": float | int | None,
     "max_latency": float | int | None,
-    "max_size": int | None,
+    "max_size": float | int | None,
     "precision": float | int | None,
     "exact": bool,
     "seed": int,

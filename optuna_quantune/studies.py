@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import check_distribution_compatibility
 from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
@@ -27,6 +29,7 @@ from optuna.storages import JournalStorage
 from optuna.storages import RDBStorage
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
@@ -36,6 +39,8 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import Direction
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
+from optuna_quantune.process import is_gone
+from optuna_quantune.process import PROCESS_KEY
 from optuna_quantune.search.pruner import DEFAULT_INDIFFERENCE
 from optuna_quantune.search.pruner import RacingPruner
 
@@ -129,7 +134,9 @@ def _open_storage(storage: str) -> BaseStorage:
         _check_journal(Path(storage))
     try:
         if "://" not in storage:
-            return JournalStorage(JournalFileBackend(storage))
+            # Optuna's default lock is a symbolic link, which Windows grants to few.
+            lock = JournalFileOpenLock(storage) if os.name == "nt" else None
+            return JournalStorage(JournalFileBackend(storage, lock_obj=lock))
         # A trial whose process died is found by its missing heartbeat and run again. Both are
         # marked experimental: their interface may change, their function is old.
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
@@ -174,18 +181,31 @@ def _ends_in_a_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
+def check_budget(n_trials: int | None, timeout: float | None) -> None:
+    """Refuses a search that nothing ends, or that nothing begins.
+
+    Raises:
+        InputError: If both are None, or one is not positive.
+    """
+    if n_trials is None and timeout is None:
+        raise InputError("n_trials and timeout: give at least one of them")
+    if n_trials is not None and n_trials < 1:
+        raise InputError(f"n_trials: {n_trials} is not positive")
+    if timeout is not None and not timeout > 0:
+        raise InputError(f"timeout: {timeout} seconds is not positive")
+
+
 def check_space(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> None:
     """Refuses a study whose trials have other choices, before anything is written to it.
 
     Raises:
-        InputError: If a knob's values are not those of the trials.
+        InputError: If a knob of the trials is missing, or its values are not theirs.
     """
     for trial in study.get_trials(deepcopy=False):
         for name, distribution in trial.distributions.items():
             try:
-                if name in space:
-                    check_distribution_compatibility(distribution, space[name])
-            except ValueError as error:
+                check_distribution_compatibility(distribution, space[name])
+            except (KeyError, ValueError) as error:
                 raise InputError(
                     f"study {study.study_name!r}: was begun with other choices of the knob "
                     f"{name!r}; give another study name"
@@ -219,6 +239,7 @@ def optimize(
     Returns:
         Whether Ctrl-C ended it.
     """
+    _fail_abandoned(study)
     trials = study.get_trials(deepcopy=False)
     # What began before and still runs may have died with its process. Who does not wait for the
     # others' trials takes those for running that have not run for longer than others have.
@@ -289,8 +310,19 @@ def default_pruner(objective: QuantizationObjective) -> RacingPruner:
     return RacingPruner(indifference=max(DEFAULT_INDIFFERENCE, 0.5 / len(objective.evaluation)))
 
 
+def _fail_abandoned(study: optuna.Study) -> None:
+    """Ends trials whose process died on this machine: journals never find out."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if is_gone(trial.user_attrs.get(PROCESS_KEY)):
+            with contextlib.suppress(UpdateFinishedTrialError):  # another process was faster
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
 def _enqueue_interrupted(study: optuna.Study, trials: list[FrozenTrial]) -> None:
-    """Gives trials that Ctrl-C ended, which have no error of their own, the run they are owed."""
+    """Gives trials that were interrupted, which have no error of their own, the run they are owed.
+
+    Ctrl-C ended them, or the end of their process.
+    """
     interrupted = [
         t.params
         for t in trials

@@ -24,6 +24,7 @@ from optuna_quantune.chosen_sampler import RECORDS
 from optuna_quantune.chosen_sampler import Source
 from optuna_quantune.comparison import compare_with_float
 from optuna_quantune.comparison import Comparison
+from optuna_quantune.comparison import float_outputs
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import ChosenMetric
 from optuna_quantune.evaluation.chosen_metric import Direction
@@ -54,6 +55,7 @@ from optuna_quantune.selection import rank
 from optuna_quantune.selection import SAME_LATENCY
 from optuna_quantune.selection import select
 from optuna_quantune.space import SearchSpace
+from optuna_quantune.studies import check_budget
 from optuna_quantune.studies import check_space
 from optuna_quantune.studies import create_study
 from optuna_quantune.studies import default_pruner
@@ -248,7 +250,7 @@ def tune(
         InputError: If an argument cannot be used, or no trial succeeded.
     """
     start = time.perf_counter()
-    _check_budget(n_trials, timeout)
+    check_budget(n_trials, timeout)
     if not 0 <= seed < 2**32:
         raise InputError(f"seed: {seed} is not between 0 and {2**32 - 1}")
     if prefer not in (None, *get_args(Preference)):
@@ -297,6 +299,7 @@ def tune(
     objective.claim(study)
     plan.note(study)
     objective.prepare()
+    reference = float_outputs(objective, evaluation, held_out)
     if evaluation is not None and evaluate is None and not held_out.size:
         _logger.warning(
             f"{len(evaluation)} evaluation inputs are too few to hold half of them out of the "
@@ -308,7 +311,9 @@ def tune(
     trial, kept, quantized, latency = _chosen(study, objective, prefer)
     data = quantized.proto.SerializeToString()
     path = None if output is None else write_model(quantized.proto, output)
-    all_inputs, unseen = compare_with_float(objective, path or data, evaluation, held_out)
+    all_inputs, unseen = compare_with_float(
+        objective, path or data, evaluation, reference, held_out
+    )
     result = TuningResult(
         study=study,
         trial=trial,
@@ -329,15 +334,6 @@ def tune(
     )
     result.summary.note(study)
     return result
-
-
-def _check_budget(n_trials: int | None, timeout: float | None) -> None:
-    if n_trials is None and timeout is None:
-        raise InputError("n_trials and timeout: give at least one of them")
-    if n_trials is not None and n_trials < 1:
-        raise InputError(f"n_trials: {n_trials} is not positive")
-    if timeout is not None and not timeout > 0:
-        raise InputError(f"timeout: {timeout} seconds is not positive")
 
 
 def _chosen(

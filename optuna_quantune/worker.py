@@ -26,6 +26,7 @@ from optuna_quantune.evaluation.runner import Provider
 from optuna_quantune.objective import DEFAULT_CACHE
 from optuna_quantune.plan import SearchPlan
 from optuna_quantune.plan import split
+from optuna_quantune.studies import check_budget
 from optuna_quantune.studies import default_pruner
 from optuna_quantune.studies import load_study
 from optuna_quantune.studies import optimize
@@ -76,7 +77,8 @@ def work(
             given an object or ``module:factory``.
         source_studies: What the sampler ``quantune`` learned from before, as `tune` has it.
         pruner: In place of `tune`'s default.
-        n_trials: Trials of the study in all, in place of what `tune` was asked for.
+        n_trials: Trials of the study in all, in place of what `tune` was asked for. This or the
+            timeout is needed where `tune` was given no number.
         timeout: Seconds from the call on after which no further trial is begun.
         cache: Folder of the calibration statistics; None keeps nothing.
         threads: Threads of ONNX Runtime.
@@ -93,6 +95,8 @@ def work(
     start = time.perf_counter()
     study = load_study(storage, study_name)
     plan = SearchPlan.of(study)
+    total = plan.n_trials if n_trials is None else n_trials
+    check_budget(total, timeout)
     if plan.has_own_metric and metric is None and evaluate is None:
         raise InputError(
             f"study {study.study_name!r}: is measured by a function of your own, "
@@ -123,7 +127,6 @@ def work(
     study.sampler.reseed_rng()
     study.pruner = pruner or default_pruner(objective)
     objective.prepare()
-    total = plan.n_trials if n_trials is None else n_trials
     left = None if timeout is None else timeout - (time.perf_counter() - start)
     optimize(study, objective, total, left, callbacks, wait=False)
     return study

@@ -570,3 +570,20 @@ def test_mistakes_in_a_module_of_ones_own_are_one_line(
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_quantize_and_inspect_take_models_without_any_real_output(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(folder / "model.onnx")
+    model.graph.node.append(helper.make_node("ArgMax", ["logits"], ["class"], axis=1))
+    model.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info("class", onnx.TensorProto.INT64, ["n", 1])
+    )
+    onnx.save(model, folder / "model.onnx")
+    images = ("--calibration", "images", "--preprocessing", "recipe.json")
+    quantize = ("quantize", "model.onnx", "--config", "{}", *images)
+    assert call(folder, *quantize, monkeypatch=monkeypatch) == 0
+    capsys.readouterr()
+    assert call(folder, "inspect", "model.onnx", *images, monkeypatch=monkeypatch) == 0
+    assert "predicted SQNR dB" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from optuna_quantune.goals import DROP_CONSTRAINT
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
 from optuna_quantune.quantization.representation import Representation
+from optuna_quantune.search.pruner import RacingPruner
 from optuna_quantune.space import SearchSpace
 
 
@@ -393,6 +394,7 @@ def test_labels_beyond_the_classes_are_named(
         ({"metric": "top1"}, "metric 'top1': the evaluation inputs have no labels"),
         ({"metric": "f1"}, "metric 'f1': use one of top1, top5, agreement, sqnr_db"),
         ({"target": "abacus"}, "target 'abacus': unknown; use one of cpu"),
+        ({"cache": __file__}, "cache .*test_objective.py: cannot be written"),
         ({"max_accuracy_drop": -0.1}, "max_accuracy_drop: -0.1 must not be negative"),
     ],
 )
@@ -429,3 +431,81 @@ def test_the_target_decides_how_activations_are_stored(
     config = objective.space.config(next(objective.space.grid()))
     types = {i.data_type for i in signed.quantize(config).proto.graph.initializer}
     assert 2 not in types  # TensorProto.UINT8
+
+
+def test_inputs_without_numbers_do_not_keep_the_others_from_being_raced(
+    toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    many = np.concatenate([toy_inputs] * 3) * np.float32(0.9)
+    many[5] = np.nan
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs),
+        evaluation=ArrayInputs(many),
+        metric="agreement",
+        cache=None,
+    )
+    trial = enqueued(objective, granularity="channel", calibration_images="all")
+    assert trial.state == TrialState.COMPLETE
+    assert trial.value > 0.5
+    assert 0.0 < trial.user_attrs["expected_agreement"] <= 1.0
+
+
+@pytest.mark.parametrize("metric", ["sqnr_db", "own"])
+def test_parts_of_the_inputs_are_measured_only_for_a_pruner_that_uses_it(
+    toy_model: Path, toy_inputs: NDArray[np.float32], metric: str
+) -> None:
+    measured = []
+
+    def own(outputs: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+        measured.append(len(outputs))
+        return float(np.abs(outputs - reference).max())
+
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs),
+        evaluation=ArrayInputs(toy_inputs),
+        metric=own if metric == "own" else "sqnr_db",
+        batch_size=8,
+        cache=None,
+    )
+    for pruner, some in ((RacingPruner(), False), (optuna.pruners.MedianPruner(), True)):
+        study = optuna.create_study(direction="maximize", pruner=pruner)
+        study.optimize(objective, n_trials=1)
+        assert bool(study.trials[0].intermediate_values) == some
+        assert metric != "own" or (set(measured) != {len(toy_inputs)}) == some
+
+
+@pytest.mark.parametrize("labels", ["of another kind", "beyond the classes"])
+def test_a_metric_of_ones_own_has_labels_of_its_own(
+    toy_model: Path, toy_inputs: NDArray[np.float32], labels: str
+) -> None:
+    model = onnx.load(toy_model)
+    if labels == "of another kind":  # one number for each input
+        (head,) = (node for node in model.graph.node if node.op_type == "Gemm")
+        for tensor in model.graph.initializer:
+            if tensor.name in head.input[1:]:
+                tensor.CopyFrom(
+                    numpy_helper.from_array(numpy_helper.to_array(tensor)[:1], tensor.name)
+                )
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+    onnx.save(model, toy_model.with_name("own.onnx"))
+    given = np.arange(len(toy_inputs)) + 7
+
+    def own(
+        outputs: NDArray[np.float32], reference: NDArray[np.float32], labels: NDArray[np.int64]
+    ) -> float:
+        np.testing.assert_array_equal(labels, given[: len(labels)])
+        return float(outputs.mean())
+
+    for metric in (own, "sqnr_db"):
+        objective = QuantizationObjective(
+            toy_model.with_name("own.onnx"),
+            calibration=ArrayInputs(toy_inputs),
+            evaluation=ArrayInputs(toy_inputs, labels=given),
+            metric=metric,  # type: ignore[arg-type]
+            cache=None,
+        )
+        trial = enqueued(objective)
+        assert trial.state == TrialState.COMPLETE
+        assert trial.user_attrs["top1"] is None

@@ -17,6 +17,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.plan import SearchPlan
+from optuna_quantune.plan import split
 from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.space import SearchSpace
@@ -137,7 +138,7 @@ def test_an_interrupted_search_writes_the_best_so_far_and_owes_the_trial(  # typ
 
 
 @pytest.mark.parametrize(
-    "name", ["RandomSampler", "TPESampler", "GridSampler", "BruteForceSampler", "GPSampler"]
+    "name", ["RandomSampler", "TPESampler", "GridSampler", "BruteForceSampler", "CmaEsSampler"]
 )
 def test_optuna_samplers_are_found_by_name(run, name: str) -> None:  # type: ignore[no-untyped-def]
     knobs = {"scheme": ["symmetric", "asymmetric"], "float_layers": IntDistribution(0, 2)}
@@ -283,6 +284,10 @@ def test_a_study_with_other_choices_or_bounds_is_refused_and_stays_as_it_is(  # 
     plan = SearchPlan.of(load_study(place["storage"], "mine"))
     with pytest.raises(InputError, match="other choices of the knob 'clipping'"):
         run(**place, space="extended")
+    fewer = dict(SearchSpace.preset("quantune"))
+    del fewer["clipping"]
+    with pytest.raises(InputError, match="other choices of the knob 'clipping'"):
+        run(**place, space=SearchSpace(fewer))
     with pytest.raises(InputError, match="belongs to .* other objectives or bounds"):
         run(**place, max_size=100_000)
     assert (tmp_path / "trials.log").read_text().count("set_study_user_attr") == before
@@ -306,3 +311,42 @@ def test_arrays_and_files_are_inputs_as_they_are(  # type: ignore[no-untyped-def
     assert [t.value for t in of_array.study.trials] == [t.value for t in of_file.study.trials]
     with pytest.raises(InputError):
         run(calibration=3)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_label_that_no_class_has_is_found_before_the_search(  # type: ignore[no-untyped-def]
+    run, toy_inputs: NDArray[np.float32], labels: NDArray[np.int64], held_out: bool
+) -> None:
+    inputs, truth = np.concatenate([toy_inputs] * 5), np.concatenate([labels] * 5)
+    selecting, others = split(ArrayInputs(inputs), 0)
+    assert selecting is not None
+    truth[others[0] if held_out else selecting.positions[0]] = 10
+    trials: list[optuna.trial.FrozenTrial] = []
+    with pytest.raises(InputError, match="label 10"):
+        run(
+            evaluation=ArrayInputs(inputs, labels=truth),
+            callbacks=[lambda study, trial: trials.append(trial)],
+        )
+    assert not trials
+
+
+def test_a_metric_that_fails_on_parts_of_the_inputs_has_no_interval(  # type: ignore[no-untyped-def]
+    run, caplog: pytest.LogCaptureFixture
+) -> None:
+    def whole(outputs: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+        if len(outputs) < 80:
+            raise ValueError("only one class present")
+        return -float(np.abs(outputs - reference).mean())
+
+    result = run(metric=whole, n_trials=2)
+    assert result.all_inputs.difference is None
+    assert "no interval: the metric fails on part of the inputs" in caplog.text
+    assert [trial.state for trial in result.study.trials] == [TrialState.COMPLETE] * 2
+
+
+def test_a_sampler_whose_package_is_missing_is_refused_at_once(  # type: ignore[no-untyped-def]
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optuna_quantune.chosen_sampler.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="'GPSampler': needs the package 'torch'"):
+        run(sampler="GPSampler")

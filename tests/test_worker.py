@@ -243,3 +243,11 @@ def test_a_worker_leaves_the_last_trial_to_whom_has_begun_it_unless_he_died(minu
 
     optimize(study, objective, 2, None, (), wait=False)  # type: ignore[arg-type]
     assert ran == ([2] if minutes else [])
+
+
+def test_a_worker_of_a_search_without_a_number_of_trials_needs_one(task, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    storage = str(tmp_path / "journal.log")
+    tune(**task, space=NARROW, n_trials=None, timeout=0.1, max_size=1e9, storage=storage)
+    with pytest.raises(InputError, match="n_trials and timeout: give at least one"):
+        work(**task, storage=storage)
+    assert len(work(**task, storage=storage, n_trials=2).trials) == 2

@@ -13,6 +13,7 @@ from typing import Literal
 from typing import TYPE_CHECKING
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.metrics import are_classes_of
 from optuna_quantune.evaluation.metrics import mean_sqnr_db
 from optuna_quantune.evaluation.metrics import measure
 from optuna_quantune.evaluation.metrics import Measurement
@@ -123,7 +124,7 @@ class ChosenMetric:
         """Measures a model's outputs beside the float model's.
 
         Accuracy and agreement are those of the first output, and are measured where the metric
-        is one of them or there are labels; the noise is that of all outputs.
+        is one of them or the labels are classes of that output; the noise is that of all outputs.
 
         Args:
             outputs: Outputs by name, batch axis first, shape (n, ...).
@@ -138,7 +139,7 @@ class ChosenMetric:
         first = next(iter(outputs))
         n = len(outputs[first])
         measured = Measurement(n, None, None, None, mean_sqnr_db(outputs, reference))
-        if self.of_classes or labels is not None:
+        if self.of_classes or (labels is not None and are_classes_of(outputs[first], labels)):
             of_first = measure(outputs[first], reference=reference[first], labels=labels)
             measured = dataclasses.replace(of_first, sqnr_db=measured.sqnr_db)
         if self.function is None:

@@ -161,8 +161,22 @@ class Evaluator:
         Raises:
             InputError: If it cannot be run or measured, or gives no number for any input.
         """
+        evaluation = self.evaluate_float_model(self._inputs)
+        _check_numbers(evaluation.all_outputs)
+        if evaluation.measurement.top1 is not None:
+            _warn_near_chance(evaluation.measurement.top1, class_scores(evaluation.outputs))
+        elif self._metric.of_classes:
+            _warn_of_one_class(class_scores(evaluation.outputs))
+        return evaluation
+
+    def evaluate_float_model(self, inputs: InputSource) -> Evaluation:
+        """The float model measured on other inputs than those that select.
+
+        Raises:
+            InputError: If it cannot be run or measured.
+        """
         try:
-            evaluation = self._evaluate(self._float_model, "float model", None, reference=None)
+            return self._evaluate(self._float_model, inputs, "float model", None, reference=None)
         except InputError:
             raise
         except Exception as error:  # whatever a user's function raises
@@ -170,12 +184,6 @@ class Evaluator:
                 f"metric {self._metric.name!r}: fails for the float model: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        _check_numbers(evaluation.all_outputs)
-        if evaluation.measurement.top1 is not None:
-            _warn_near_chance(evaluation.measurement.top1, class_scores(evaluation.outputs))
-        elif self._metric.of_classes:
-            _warn_of_one_class(class_scores(evaluation.outputs))
-        return evaluation
 
     def evaluate(self, model: bytes | Path, on_batch: OnBatch | None = None) -> Evaluation:
         """Measures a model, its bytes or a file, on the evaluation inputs.
@@ -185,11 +193,12 @@ class Evaluator:
             on_batch: As for `outputs`.
         """
         reference = self.float_evaluation.all_outputs
-        return self._evaluate(model, "evaluation", on_batch, reference=reference)
+        return self._evaluate(model, self._inputs, "evaluation", on_batch, reference=reference)
 
     def _evaluate(
         self,
         model: bytes | Path,
+        inputs: InputSource,
         stage: str,
         on_batch: OnBatch | None,
         *,
@@ -200,8 +209,8 @@ class Evaluator:
         outputs: Mapping[str, NDArray[Any]] = {}
         measurement = Measurement(0, None, None, None, None)
         if self._compares_outputs:
-            outputs = self.outputs(session, self._inputs, stage, on_batch)
-            measurement = self.measure(outputs, reference or outputs, self._inputs)
+            outputs = self.outputs(session, inputs, stage, on_batch)
+            measurement = self.measure(outputs, reference or outputs, inputs)
         if self._metric.loop is not None:
             own = self._metric.run_loop(session)
             measurement = dataclasses.replace(measurement, own=own)

@@ -196,18 +196,34 @@ class ImageFolder(InputSource):
 
 
 def _image_files(folder: Path) -> list[Path]:
-    # Names that begin with a dot are what file managers leave behind, also with image suffixes.
     files = sorted(
         path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and path.is_file()
+        for parent, names in _folders(folder)
+        for path in map(parent.joinpath, names)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(path.name) and path.is_file()
     )
     if len({path.parent for path in files}) > 1:
         # Files that are added or removed later leave the others in their order.
         files.sort(key=lambda path: _mixing(path.relative_to(folder)))
     return files
+
+
+def _folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it with the names of their files, each once; links are followed."""
+    walked = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        place = os.path.realpath(parent)
+        if place in walked:  # a link leads back
+            folders.clear()
+            continue
+        walked.add(place)
+        yield Path(parent), names
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether it is what file managers leave behind, also with image suffixes."""
+    return name.startswith(".")
 
 
 def _mixing(path: Path) -> bytes:

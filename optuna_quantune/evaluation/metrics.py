@@ -102,7 +102,7 @@ def class_scores(outputs: NDArray[Any]) -> NDArray[Any]:
     Raises:
         InputError: The outputs have another shape.
     """
-    if not (outputs.ndim and outputs.size and can_be_class_scores(outputs.shape)):
+    if not _are_class_scores(outputs):
         raise InputError(
             f"the model's output has the shape {outputs.shape}, not (inputs, classes): accuracy "
             "and agreement need a classifier; give a metric of your own for other models, or "
@@ -120,6 +120,22 @@ def can_be_class_scores(shape: tuple[int | None, ...]) -> bool:
     if not shape:
         return True
     return (len(shape) == 2 or shape[2:] == (1, 1)) and shape[1] != 1
+
+
+def are_classes_of(outputs: NDArray[Any], labels: NDArray[np.int64]) -> bool:
+    """Say whether labels can be classes of these outputs; a metric of one's own may have others.
+
+    Args:
+        outputs: Outputs of any shape, batch axis first.
+        labels: Labels of shape (n,).
+    """
+    return _are_class_scores(outputs) and bool(
+        labels.min() >= 0 and labels.max() < outputs.shape[1]
+    )
+
+
+def _are_class_scores(outputs: NDArray[Any]) -> bool:
+    return bool(outputs.ndim and outputs.size and can_be_class_scores(outputs.shape))
 
 
 def top_k_correct(outputs: NDArray[Any], labels: ArrayLike, *, k: int) -> NDArray[np.bool_]:

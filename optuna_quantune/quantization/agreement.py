@@ -30,12 +30,16 @@ class AgreementModel:
     is then exact, so that curves are smooth. The draws are the same for all configurations.
 
     Args:
-        logits: Outputs of the float model, shape (n, classes) with at least two classes.
+        logits: Outputs of the float model, shape (n, classes) with at least two classes. Inputs
+            with a logit that is not a number are left out; an infinite one counts as the largest
+            or the smallest of the others.
         seed: Seed of the draws.
     """
 
     def __init__(self, logits: NDArray[np.float32], *, seed: int = 0) -> None:
-        self._logits = logits.astype(np.float64)
+        known = logits[~np.isnan(logits).any(axis=1)].astype(np.float64)
+        finite = known[np.isfinite(known)]
+        self._logits = np.clip(known, finite.min(initial=0.0), finite.max(initial=0.0))
         self._seed = seed
         self._curves: dict[float, NDArray[np.float64]] = {}
 

@@ -125,7 +125,7 @@ class BiasCorrection:
         names = [_mean(layer) for layer in self._layers]
         sums = [np.zeros(1)] * len(names)
         number = min(CORRECTION_INPUTS, len(self._inputs))
-        batch = _BATCH if self._model.takes_batches else 1
+        batch = _BATCH if self._model.batches_any else 1
         for feed in self._inputs.batches(batch, np.arange(number)):
             size = len(next(iter(feed.values())))
             means = session.run(names, feed)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ _BATCH_VALUES: Final = 1 << 22
 _INPUTS_WITH_EXTREMES: Final = 512
 # Seconds between two writings of an incomplete store; a writing takes about 0.1 s.
 _SAVE_SECONDS: Final = 10.0
+
+_logger = logging.getLogger(__name__)
 
 
 class NotFiniteError(InputError):
@@ -172,7 +175,8 @@ def calibrate(
         inputs: The calibration inputs, bound to the model's input names.
         tensors: Names of the activations (model inputs included).
         sizes: Wanted set sizes; ``"all"``, and sizes beyond the number of inputs, mean all.
-        cache: Folder of the store; None stores nothing.
+        cache: Folder of the store; None stores nothing. Where it cannot be written a warning is
+            logged, and nothing is lost but the store.
         workers: Batches that are run side by side; None is one for each core.
         progress: Called after every batch with the inputs done and the inputs in all.
 
@@ -197,7 +201,15 @@ def calibrate(
                 progress(counting.done, total)
             due = time.monotonic() - saved >= _SAVE_SECONDS or counting.done == total
             if path is not None and due:
-                calibration_store.save(path, fingerprint, bounds, counting.state())
+                try:
+                    calibration_store.save(path, fingerprint, bounds, counting.state())
+                except OSError as error:
+                    _logger.warning(
+                        f"Calibration statistics are not kept for the next run: {path.parent} "
+                        f"cannot be written ({error.strerror}); name another folder (--cache, or "
+                        "cache=)."
+                    )
+                    path = None
                 saved = time.monotonic()
     counted = counting.state()
     segments, extremes = dict(counted.segments), dict(counted.extremes)
@@ -249,8 +261,9 @@ class _Counting:
         if self.done == 0:
             self._add(observer.observe(first, steps=dict.fromkeys(values, 1), bounds={}), 1)
             yield
-        free = model.takes_batches and all(None not in s.shape[1:] for s in model.inputs)
-        batch_size = int(np.clip(_BATCH_VALUES // sum(values.values()), *_BATCH)) if free else 1
+        batch_size = 1
+        if model.batches_any:
+            batch_size = int(np.clip(_BATCH_VALUES // sum(values.values()), *_BATCH))
         looks = [look for look in _LOOKS if look < self._bounds[-1]]
         stops = sorted({*self._bounds, *looks})
         for start, stop in zip((0, *stops), stops, strict=False):

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.observation import Bounds
 from optuna_quantune.quantization.statistics import Accumulator
 from optuna_quantune.quantization.statistics import BINS
@@ -53,7 +52,7 @@ def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCount
         stored: What was counted.
 
     Raises:
-        InputError: If the file cannot be written.
+        OSError: If the file cannot be written.
     """
     tensors = list(stored.segments)
     flat = [counts for tensor in tensors for counts in stored.segments[tensor]]
@@ -81,11 +80,6 @@ def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCount
             file.flush()
             os.fsync(file.fileno())  # or a power failure could leave the name without content
         half.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"calibration cache {path.parent}: cannot be written ({error.strerror}); "
-            "name another folder (--cache, or cache=)"
-        ) from error
     finally:
         if half is not None:
             half.unlink(missing_ok=True)  # does nothing after the renaming

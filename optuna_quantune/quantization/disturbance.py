@@ -417,6 +417,7 @@ def _assemble(
 ) -> onnx.ModelProto:
     """A model of these nodes with the constants that they read, some of them only declared."""
     used = {name for node in nodes for name in reads(node)}
+    used.update(output.name for output in outputs)  # which may be constant
     constants = [
         _declare(t.name, declared[t.name]) if t.name in declared else t
         for t in model.proto.graph.initializer

@@ -271,7 +271,7 @@ def _reach(
     session = make_session(_with_channel_maxima(model, layers))
     names = [_maximum(layer) for layer in layers]
     first = np.arange(min(EQUALIZATION_INPUTS, len(inputs)))
-    for feed in inputs.batches(_BATCH if model.takes_batches else 1, first):
+    for feed in inputs.batches(_BATCH if model.batches_any else 1, first):
         for layer, maxima in zip(layers, session.run(names, feed), strict=True):
             of_batch = maxima.reshape(len(maxima), -1).max(axis=0)
             np.maximum.at(reach, links.read[layer.name], of_batch)

@@ -54,7 +54,7 @@ class GraphView:
         self.writers: dict[str, onnx.NodeProto] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
-            self.writers.update(dict.fromkeys(node.output, node))
+            self.writers.update({name: node for name in node.output if name})
             for name in reads(node):
                 self.readers.setdefault(name, []).append(node)
 
@@ -66,7 +66,7 @@ class GraphView:
 
 def reads(node: onnx.NodeProto) -> list[str]:
     """Names of the tensors that a node, or a graph within it (of If, Loop, Scan), needs."""
-    names = list(node.input)
+    names = [name for name in node.input if name]  # without those that are left out
     for graph in inner_graphs(node):
         own = {name for inner in graph.node for name in inner.output}
         own |= {value.name for value in (*graph.input, *graph.initializer)}

@@ -46,7 +46,7 @@ def remove_implied_activations(
         after.input[0] = quantize.input[0]
         removed |= {id(quantize), id(before), id(node)}
     refill(graph.node, (node for node in graph.node if id(node) not in removed))
-    used = {name for node in graph.node for name in reads(node)}
+    used = {name for node in graph.node for name in reads(node)} | view.outputs
     refill(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in used))
 
 

@@ -44,7 +44,7 @@ def with_measurable_outputs(model: FloatModel) -> FloatModel:
 
 
 def measurable_outputs(model: FloatModel) -> tuple[TensorSpec, ...]:
-    """The outputs of real numbers that are no selection.
+    """The outputs of real numbers that are no selection and depend on the inputs.
 
     Outputs behind a selection, and those of integers where there are no others, give way to the
     last tensors of real numbers before it. Where there is nothing of the kind, the model's own.
@@ -52,10 +52,8 @@ def measurable_outputs(model: FloatModel) -> tuple[TensorSpec, ...]:
     graph = model.proto.graph
     varying, selected = _varying_and_selected(graph)
     real = {v.name: v for v in (*graph.value_info, *graph.output) if _is_real(v)}
-    kept = [o.name for o in graph.output if o.name in real and o.name not in selected]
+    kept = [o.name for o in graph.output if o.name in (varying & real.keys()) - selected]
     lost = [o.name for o in graph.output if o.name in selected or not kept]
-    if not lost:
-        return model.outputs
     found = [*kept, *_before(lost, graph, varying & real.keys() - selected)]
     return tuple(tensor_spec(real[name]) for name in dict.fromkeys(found)) or model.outputs
 

@@ -30,6 +30,7 @@ from optuna_quantune.errors import InputError
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import copy_of
+from optuna_quantune.quantization.graph import inner_graphs
 from optuna_quantune.quantization.graph import is_sorted
 from optuna_quantune.quantization.graph import opset_of
 from optuna_quantune.quantization.graph import reads
@@ -48,6 +49,10 @@ RECURRENT_OPS: Final = ("GRU", "LSTM", "RNN")
 _BIASED_OPS: Final = ("Conv", "ConvTranspose", "Gemm", *NORMALIZATION_OPS)
 # Per-channel DequantizeLinear (its `axis` attribute) exists since opset 13.
 MINIMUM_OPSET: Final = 13
+# The last opset in which a Resize, or Upsample, has no other way to find places.
+_OPSET_OF_ASYMMETRIC_RESIZE: Final = 10
+# What gives values of a constant as they are, with its one scale.
+_LOOKING_UP: Final = ("Gather", "GatherElements")
 # Constants need not be inputs of the graph, too, since this version of the format.
 _IR_OF_FIXED_CONSTANTS: Final = 4
 # What ONNX Runtime's quantizer appends to the name of a tensor.
@@ -151,6 +156,11 @@ class FloatModel:
         """Whether the first axis of every input is free, so that several can be run at once."""
         return all(spec.shape and spec.shape[0] is None for spec in self.inputs)
 
+    @property
+    def batches_any(self) -> bool:
+        """Whether any inputs can be run at once: those of a free size may differ in it."""
+        return self.takes_batches and all(None not in spec.shape[1:] for spec in self.inputs)
+
     def one_at_a_time(self) -> FloatModel:
         """The model as one that is run on a single input, whatever its file says of batches."""
         inputs = (replace(spec, shape=(1, *spec.shape[1:])) for spec in self.inputs)
@@ -177,6 +187,7 @@ def load_float_model(path: str | Path) -> FloatModel:
         source = onnx.load(path, load_external_data=False)
         file_bytes = path.stat().st_size + _external_bytes(source, path.parent)
         onnx.load_external_data_for_model(source, str(path.parent))
+        _refuse_other_types(source, path)
         in_order = is_sorted(source.graph)
         if not in_order:  # which ONNX Runtime takes, the checker does not
             sort_nodes(source.graph)
@@ -185,6 +196,8 @@ def load_float_model(path: str | Path) -> FloatModel:
         else:  # nor does it take outputs without type or shape
             source = onnx.shape_inference.infer_shapes(source)
             onnx.checker.check_model(_with_any_shape(source))
+    except InputError:
+        raise
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "unreadable")
         raise InputError(
@@ -220,6 +233,17 @@ def _with_any_shape(source: onnx.ModelProto) -> onnx.ModelProto:
         if not output.type.tensor_type.HasField("shape"):
             output.type.tensor_type.shape.SetInParent()
     return copy
+
+
+def _refuse_other_types(source: onnx.ModelProto, path: Path) -> None:
+    """Refuses inputs and outputs that are no tensors."""
+    for value in (*source.graph.input, *source.graph.output):
+        kind = value.type.WhichOneof("value")
+        if kind not in (None, "tensor_type"):
+            raise InputError(
+                f"model {path}: {value.name!r} is a {kind.removesuffix('_type')}, no tensor; "
+                "export the model without it (of scikit-learn with the option zipmap=False)"
+            )
 
 
 def _external_bytes(source: onnx.ModelProto, folder: Path) -> int:
@@ -284,12 +308,10 @@ def quantized_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
 
 
 def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    if opset_of(source) < MINIMUM_OPSET:
-        source = onnx.version_converter.convert_version(source, MINIMUM_OPSET)
     with tempfile.TemporaryDirectory() as folder, _quiet_root_logger():
         converted, prepared = Path(folder) / "converted.onnx", Path(folder) / "prepared.onnx"
         try:
-            onnx.save(_with_fixed_constants(source), converted)
+            onnx.save(_with_fixed_constants(_in_newer_opset(source)), converted)
             # Symbolic shape inference is for transformers, and would need sympy.
             quant_pre_process(str(converted), str(prepared), skip_symbolic_shape=True)
             proto = onnx.load(prepared)
@@ -308,6 +330,32 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     _make_gemms_plain(proto.graph)
     _make_pools_plain(proto.graph)
     return proto
+
+
+def _in_newer_opset(source: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in at least `MINIMUM_OPSET`.
+
+    ONNX's converter leaves to each Resize the default way to find places of later versions, and
+    until opset 10 there was another one.
+    """
+    before = opset_of(source)
+    if before >= MINIMUM_OPSET:
+        return source
+    converted = onnx.version_converter.convert_version(source, MINIMUM_OPSET)
+    if before <= _OPSET_OF_ASYMMETRIC_RESIZE:
+        way = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        for node in _all_nodes(converted.graph):
+            if node.op_type == "Resize":
+                refill(node.attribute, (a for a in node.attribute if a.name not in way))
+                node.attribute.extend(helper.make_attribute(*item) for item in way.items())
+    return converted
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for inner in inner_graphs(node):
+            yield from _all_nodes(inner)
 
 
 def _with_fixed_constants(source: onnx.ModelProto) -> onnx.ModelProto:
@@ -347,10 +395,11 @@ def _remove_notes(graph: onnx.GraphProto) -> None:
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Gives a name to each node that has none."""
-    taken = {node.name for node in graph.node}
+    """Gives a name of its own to each node that has none, or the one of an output."""
+    outputs = {output.name for output in graph.output}
+    taken = {node.name for node in graph.node} | outputs
     for index, node in enumerate(graph.node):
-        if not node.name:
+        if not node.name or node.name in outputs:
             name = f"{node.op_type}_{index}"
             while name in taken:
                 name += "_"
@@ -401,11 +450,12 @@ def _free_names(graph: onnx.GraphProto, path: Path) -> None:
 def _separate_weights(graph: onnx.GraphProto) -> None:
     """Gives layers that read the same weight along different axes, or in other groups, one each.
 
-    A matrix and its transpose, say: their output channels are not the same values.
+    A matrix and its transpose, say: their output channels are not the same values. And one beside
+    the table that words are looked up in, which has one scale for all.
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
     names: dict[tuple[str, str, int, int], str] = {}
-    taken: set[str] = set()
+    taken = {node.input[0] for node in graph.node if node.op_type in _LOOKING_UP}
     for node in graph.node:
         weight = constants.get(node.input[1]) if len(node.input) > 1 else None
         if node.op_type not in WEIGHTED_OPS or weight is None:

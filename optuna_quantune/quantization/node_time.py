@@ -96,7 +96,8 @@ def node_time(
     multiplication = _MULTIPLICATION[kind]
     if in_pairs and kind == "int8":
         multiplication = _MULTIPLICATION_IN_PAIRS
-    read, written = sizes.get(node.input[0], ()), sizes.get(node.output[0], ())
+    read = sizes.get(node.input[0], ()) if node.input else ()
+    written = sizes.get(node.output[0], ())
     values = _count(written)
     time = _NODE[kind] + (_CLIPPED_VALUE[kind] * values if clipped else 0.0)
     time += _FAR_VALUE[kind] * sum(n for n in (values, _count(read)) if n > _FAR)

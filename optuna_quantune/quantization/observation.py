@@ -48,6 +48,8 @@ _KEEP_SIGN: Final = frozenset(
     {"Add", "AveragePool", "Concat", "Flatten", "GlobalAveragePool", "GlobalMaxPool"}
     | {"MaxPool", "Mul", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
+# What no activation reaches but to mask others: the lowest number of float32 is -3.4e38.
+_INFINITE: Final = 1e30
 _NOTHING: Final = np.zeros(0, dtype=np.float32)
 
 
@@ -62,6 +64,14 @@ class Bounds:
 
     lower: float | None
     upper: float
+
+
+def is_finite(values: NDArray[np.floating[Any]]) -> bool:
+    """Whether values are numbers that a model computes with.
+
+    Infinite ones are not, nor what stands for them in masks: the lowest number of float32.
+    """
+    return not values.size or bool(values.min() > -_INFINITE and values.max() < _INFINITE)
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Observation:
     @property
     def finite(self) -> bool:
         """Whether all values of the activation are finite."""
-        return all(bool(np.isfinite(part).all()) for part in (self.tails, self.sample))
+        return is_finite(self.tails) and is_finite(self.sample)
 
     @property
     def is_number(self) -> bool:

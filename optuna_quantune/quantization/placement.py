@@ -58,6 +58,7 @@ from optuna_quantune.quantization.model import check_node_names
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import NORMALIZATION_OPS
 from optuna_quantune.quantization.model import WEIGHTED_OPS
+from optuna_quantune.quantization.observation import is_finite
 
 
 _SCALE_SUFFIX: Final = "_scale"
@@ -72,6 +73,8 @@ _QUANTIZED_OPS: Final = frozenset({*QDQRegistry, *QLinearOpsRegistry})
 # Layers whose integer kernels can give float results (``QGemm``, ``MatMulIntegerToFloat``).
 FLOAT_RESULT_OPS: Final = ("Gemm", "MatMul")
 ACTIVATION_OPS: Final = ("Clip", "Relu")
+# Types that ``quantize_static`` quantizes, too, though a float32 model has them for a reason.
+_HALVES: Final = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -350,13 +353,20 @@ def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> se
 
 
 def _always_float(graph: onnx.GraphProto) -> frozenset[str]:
-    """Names of the nodes that ONNX Runtime would get wrong with integers, or not quantize."""
-    constants = {tensor.name for tensor in graph.initializer}
+    """Names of the nodes that integers, or ONNX Runtime's way to them, would get wrong."""
+    view = GraphView(graph)
+    constants = view.constants.keys()
     infinite = {
         tensor.name
         for tensor in graph.initializer
         if tensor.data_type == onnx.TensorProto.FLOAT
-        and not np.isfinite(numpy_helper.to_array(tensor)).all()
+        and not is_finite(numpy_helper.to_array(tensor))
+    }
+    halves = {t.name for t in graph.initializer if t.data_type in _HALVES}
+    halves |= {
+        value.name
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.type.tensor_type.elem_type in _HALVES
     }
     return frozenset(
         node.name
@@ -364,7 +374,9 @@ def _always_float(graph: onnx.GraphProto) -> frozenset[str]:
         if _interpolates(node)
         or _has_no_integer_average(node)
         or _has_odd_bias(node, constants)
+        or joins_outputs(node, view)
         or infinite.intersection(node.input)
+        or halves.intersection((*node.input, *node.output))
     )
 
 
@@ -541,7 +553,8 @@ def statistics_sources(
     - What nothing but a Concat reads takes the range of its result: it would be rounded to those
       steps anyway, so that steps of its own are only another rounding, and an integer Concat of
       equal steps copies (a third of the time). Not where some parts end with a Relu or Clip and
-      others do not, because the range of the result does not imply the Relu.
+      others do not, because the range of the result does not imply the Relu; nor where the Concat
+      stays in float (`joins_outputs`).
     - Nodes that only move or pool values keep their input's parameters where the input is
       quantized. Where it is not, because the layer before stays in float, their output gets
       parameters of its own; its values still lie in the input's range.
@@ -555,7 +568,7 @@ def statistics_sources(
     sources: dict[str, str] = {}
     writers = {name: node.op_type for node in graph.node for name in node.output}
     for node in reversed(graph.node) if before_activations else ():
-        if node.op_type == "Concat":
+        if node.op_type == "Concat" and not joins_outputs(node, view):
             parts = [name for name in node.input if writers.get(name) not in MOVING_OPS]
             alone = all(view.sole_reader(name) is not None for name in parts)
             if alone and len({writers.get(name) in ACTIVATION_OPS for name in parts}) == 1:
@@ -567,6 +580,22 @@ def statistics_sources(
         if node.op_type in MOVING_OPS:
             sources[node.output[0]] = sources.get(node.input[0], node.input[0])
     return sources
+
+
+def joins_outputs(node: onnx.NodeProto, view: GraphView) -> bool:
+    """Whether a node is a Concat of what leaves the model, as the boxes and scores of a detector.
+
+    They have nothing in common: in the steps of boxes of hundreds of pixels a score is 0. It stays
+    in float, and each part keeps the steps of its own.
+    """
+
+    def leaves(tensor: str) -> bool:
+        readers = view.readers.get(tensor, [])
+        return bool(readers or tensor in view.outputs) and all(
+            reader.op_type in MOVING_OPS and leaves(reader.output[0]) for reader in readers
+        )
+
+    return node.op_type == "Concat" and leaves(node.output[0])
 
 
 def _constant_site(node: onnx.NodeProto, view: GraphView, model: FloatModel) -> ConstantSite:

@@ -348,7 +348,7 @@ class Quantizer:
         )
         corrected = dict(biases)
         for quantized, layer_name in _layers_of_biases(placement.template.graph).items():
-            if quantized in biases:
+            if quantized in biases and layer_name in shifts:
                 bias = biases[quantized]
                 corrected[quantized] = bias - shifts[layer_name].reshape(bias.shape)
         return corrected

@@ -12,7 +12,9 @@ def figure(number: float) -> str:
 
 
 def short(number: float) -> str:
-    """Accuracies and ratios with four decimals, bytes without."""
+    """Accuracies and ratios with four decimals, bytes without, errors with four digits."""
+    if 0 < abs(number) < 0.01:
+        return f"{number:.4g}"
     return f"{number:.4f}" if abs(number) < 1000 else f"{number:,.0f}"
 
 

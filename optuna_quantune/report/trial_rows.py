@@ -65,7 +65,7 @@ class TrialRow:
             trial=str(trial.number),
             state=trial.state.name.lower(),
             value="" if value is None else short(value),
-            interval="" if interval is None else "[{:.4f}, {:.4f}]".format(*interval),
+            interval="" if interval is None else "[{}, {}]".format(*map(short, interval)),
             agreement=optional(attribute(trial, "agreement"), ".4f"),
             sqnr_db=optional(attribute(trial, "sqnr_db"), ".1f"),
             latency=""

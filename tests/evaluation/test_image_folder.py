@@ -244,3 +244,13 @@ def test_binding_gives_the_models_name_and_float_type(folder: Path) -> None:
     assert bound.fingerprint() == source.fingerprint()
     again = bound.bind([InputSpec("x", (None, 3, 8, 8), np.dtype(np.float32))])
     assert next(again.batches(1))["x"].dtype == np.float32
+
+
+def test_links_to_folders_are_followed_once_and_hidden_folders_left_out(tmp_path: Path) -> None:
+    for seed, name in enumerate(["here/a/1.png", "there/1.png", "here/.thumbnails/1.png"]):
+        write_image(tmp_path / name, seed)
+    (tmp_path / "here" / "b").symlink_to(tmp_path / "there")
+    (tmp_path / "there" / "back").symlink_to(tmp_path / "here")
+    files = ImageFolder(tmp_path / "here", preprocessing=RECIPE).files
+    names = [path.relative_to(tmp_path / "here").as_posix() for path in files]
+    assert sorted(names) == ["a/1.png", "b/1.png"]

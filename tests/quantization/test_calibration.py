@@ -258,18 +258,20 @@ def test_a_store_damaged_anywhere_gives_the_right_statistics_or_none(
     assert_same(statistics, expected)
 
 
-def test_a_failed_writing_leaves_no_file_and_the_error_names_the_folder(
+def test_a_failed_writing_leaves_no_file_and_costs_nothing_but_the_store(
     model: FloatModel,
     toy_inputs: NDArray[np.float32],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(file: object, **arrays: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(InputError, match="calibration cache .*cannot be written .No space left"):
-        collect(model, Inputs(toy_inputs), tmp_path)
+    statistics = collect(model, Inputs(toy_inputs), tmp_path)
+    assert_same(statistics, collect(model, Inputs(toy_inputs)))
+    assert f"not kept for the next run: {tmp_path} cannot be written (No space" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -326,12 +328,3 @@ def test_an_activation_that_is_not_finite_is_named(
     poisoned[40, 0, 0, 0] = np.nan
     with pytest.raises(InputError, match="activation 'input': not finite"):
         collect(model, Inputs(poisoned))
-
-
-def test_a_store_that_cannot_be_written_is_named(
-    model: FloatModel, toy_inputs: NDArray[np.float32], tmp_path: Path
-) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("in the way")
-    with pytest.raises(InputError, match="calibration cache .*cannot be written .*--cache"):
-        collect(model, Inputs(toy_inputs), blocked / "cache")

@@ -300,6 +300,123 @@ def masked() -> Case:
     return nodes, weights(w=(SIZE, SIZE), w2=(SIZE, 6)) | mask
 
 
+def far_masked(lowest: float) -> Callable[[], Case]:
+    """The same with a number for the infinity, added in another form than it is made in."""
+
+    def case() -> Case:
+        nodes = [
+            make("MatMul", ["x", "w"], ["a"], "scores"),
+            make("Equal", ["x", "x"], ["all"], "equal"),
+            make("And", ["all", "before"], ["some"], "and"),
+            make("Cast", ["some"], ["seen"], "cast", to=TensorProto.FLOAT),
+            make("Sub", ["one", "seen"], ["unseen"], "sub"),
+            make("Mul", ["unseen", "lowest"], ["mask"], "mul"),
+            make("Add", ["a", "mask"], ["s"], "add"),
+            make("Softmax", ["s"], ["p"], "softmax", axis=-1),
+            make("MatMul", ["p", "w2"], ["y"], "last"),
+        ]
+        constants = weights(w=(SIZE, SIZE), w2=(SIZE, 6))
+        constants |= {"one": np.ones(1, np.float32), "lowest": np.full(1, lowest, np.float32)}
+        return nodes, constants | {"before": np.tri(SIZE, dtype=np.bool_)}
+
+    case.__name__ = f"masked_by_{lowest:.0e}"
+    return case
+
+
+def left_out() -> Case:
+    """A recurrent node of which an input and an output are not given."""
+    nodes = [
+        make("Conv", ["x", "w"], ["a"], "first"),
+        make("Reshape", ["a", "flat"], ["t"], "flatten"),
+        make("LSTM", ["t", "u", "r", "", "", "h"], ["", "last"], "lstm", hidden_size=4),
+        make("Squeeze", ["last", "axis"], ["z"], "squeeze"),
+        make("Gemm", ["z", "w2"], ["y"], "last"),
+    ]
+    constants = weights(w=(6, 3, 1, 1), u=(1, 16, SIZE), r=(1, 16, 4), h=(1, 1, 4), w2=(4, 6))
+    return nodes, constants | {"flat": np.array([-1, 1, SIZE]), "axis": np.array([0])}
+
+
+def constant_output() -> Case:
+    """As the anchors of a detector."""
+    anchors = numpy_helper.from_array(np.ones((1, 4), np.float32))
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["y"], "first"),
+        make("Constant", [], ["z"], "anchors", value=anchors),
+    ]
+    return nodes, weights(w=(6, 3, 1, 1), b=(6,))
+
+
+def partly_half() -> Case:
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Cast", ["a"], ["h"], "down", to=TensorProto.FLOAT16),
+        make("Conv", ["h", "v"], ["c"], "half"),
+        make("Cast", ["c"], ["f"], "up", to=TensorProto.FLOAT),
+        make("Conv", ["f", "w2"], ["y"], "last"),
+    ]
+    constants = weights(w=(8, 3, 1, 1), b=(8,), v=(8, 8, 1, 1), w2=(6, 8, 1, 1))
+    return nodes, constants | {"v": constants["v"].astype(np.float16)}
+
+
+def table_and_weight() -> Case:
+    """Words that are looked up in what makes words again at the end."""
+    nodes = [
+        make("Conv", ["x", "w"], ["a"], "first"),
+        make("Abs", ["a"], ["b"], "abs"),
+        make("Cast", ["b"], ["words"], "cast", to=TensorProto.INT64),
+        make("Gather", ["table", "words"], ["found"], "look_up"),
+        make("ReduceMean", ["found"], ["mean"], "mean", axes=[1, 2, 3], keepdims=0),
+        make("Gemm", ["mean", "table"], ["y"], "last", transB=1),
+    ]
+    constants = weights(w=(2, 3, 1, 1), table=(50, 6))
+    constants["table"] *= np.logspace(0.0, 0.5, 50, dtype=np.float32)[:, None]
+    return nodes, constants
+
+
+def named_as_output() -> Case:
+    nodes = [
+        make("MatMul", ["x", "w"], ["a"], "first"),
+        make("Relu", ["a"], ["r"], "relu"),
+        make("MatMul", ["r", "w2"], ["y"], "y"),
+    ]
+    return nodes, weights(w=(SIZE, 16), w2=(16, 6))
+
+
+def turned_input() -> Case:
+    """A Gemm that is no layer and has a bias."""
+    nodes = [
+        make("Reshape", ["x", "flat"], ["f"], "flatten"),
+        make("Gemm", ["f", "w", "b"], ["a"], "first", transA=1),
+        make("Gemm", ["a", "w2", "d"], ["y"], "last"),
+    ]
+    constants = weights(w=(3, 8), b=(8,), w2=(8, 6), d=(6,))
+    return nodes, constants | {"flat": np.array([3, SIZE * SIZE])}
+
+
+def without_inputs() -> Case:
+    nodes = [
+        make("RandomUniform", [], ["n"], "noise", shape=[1, 8, SIZE, SIZE], low=1.0, high=1.0),
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Add", ["a", "n"], ["s"], "add"),
+        make("Conv", ["s", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
+
+
+def constants_on_the_left() -> Case:
+    """Factors of a MatMul that are no weights: the one on the left, and a stack of them."""
+    nodes = [
+        make("MatMul", ["x", "w"], ["a"], "first"),
+        make("MatMul", ["left", "a"], ["b"], "filters"),
+        make("MatMul", ["b", "stack"], ["c"], "stack"),
+        make("MatMul", ["c", "w2"], ["y"], "last"),
+    ]
+    constants = weights(w=(SIZE, SIZE), left=(5, SIZE), stack=(3, SIZE, SIZE), w2=(SIZE, 6))
+    constants["left"] *= np.logspace(-1.0, 1.0, SIZE, dtype=np.float32)
+    constants["stack"] *= np.logspace(-1.0, 1.0, SIZE, dtype=np.float32)[:, None]
+    return nodes, constants
+
+
 def logarithm() -> Case:
     """Of what rounding may bring down to 0."""
     nodes = [
@@ -346,6 +463,18 @@ AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], stride
         (own_gelu, "cpu", [{}, {"granularity": "tensor"}]),
         (written_out_normalization, "cpu", [{}, {"granularity": "tensor"}]),
         (masked, "cpu", [{}, {"equalization": True}]),
+        (far_masked(-3.4e38), "cpu", [{}, {"granularity": "tensor"}]),
+        (far_masked(-1e9), "cpu", [{}, {"clipping": "kl"}]),
+        (far_masked(-1e4), "arm64", [{}]),
+        (left_out, "cpu", [{}]),
+        (constant_output, "cpu", [{}, {"mixed_precision": "first_last"}]),
+        (partly_half, "cpu", [{}, {"float_layers": 1}]),
+        (table_and_weight, "cpu", [{}, {"granularity": "tensor"}]),
+        (named_as_output, "cpu", [{}, {"float_layers": 1}]),
+        (turned_input, "cpu", [{}, {"bias_correction": True}]),
+        (without_inputs, "cpu", [{}, {"float_layers": 1}]),
+        (constants_on_the_left, "cpu", [{}, {"granularity": "tensor"}]),
+        (constants_on_the_left, "arm64", [{}]),
         (summed_up, "qnn", [{}, {"activation_bits": 16}]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -371,6 +500,68 @@ def test_an_unusual_graph_is_quantized_as_well_as_any_other(
         assert min(noise) > 25.0, chosen
         assert noise[0] == pytest.approx(noise[1], abs=3.0), chosen
         assert noise[1] == pytest.approx(predicted, abs=6.0), chosen
+
+
+def test_parts_that_leave_together_have_steps_of_their_own(tmp_path: Path) -> None:
+    """Boxes of hundreds of pixels and scores, as detectors give them in one tensor."""
+    nodes = [
+        make("Conv", ["x", "w"], ["b"], "boxes"),
+        make("Conv", ["x", "v"], ["l"], "logits"),
+        make("Sigmoid", ["l"], ["s"], "scores"),
+        make("Mul", ["b", "stride"], ["d"], "stride"),
+        make("Concat", ["d", "s"], ["j"], "join", axis=1),
+        make("Transpose", ["j"], ["y"], "turn", perm=[0, 2, 3, 1]),
+    ]
+    constants = weights(w=(4, 3, 1, 1), v=(6, 3, 1, 1)) | {"stride": np.full(1, 200.0, np.float32)}
+    path = save(nodes, constants, tmp_path / "model.onnx")
+    builder = builder_of(path, "cpu")
+    builder.prepare()
+    data = builder.quantize(QuantizationConfig(calibration_images="all")).proto
+    (found,), (expected,) = outputs(data.SerializeToString()), outputs(path)
+    for part in (slice(4), slice(4, None)):
+        assert decibels([found[..., part]], [expected[..., part]]) > 25.0
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize(("op", "opset"), [("Upsample", 9), ("Resize", 10)])
+def test_a_resize_of_an_old_opset_finds_its_places_as_before(
+    tmp_path: Path, op: str, opset: int, mode: str
+) -> None:
+    nodes = [
+        make("Conv", ["x", "w"], ["a"], "first"),
+        make(op, ["a", "scales"], ["u"], "up", mode=mode),
+        make("Conv", ["u", "w2"], ["y"], "last"),
+    ]
+    constants = weights(w=(8, 3, 1, 1), w2=(6, 8, 1, 1))
+    constants["scales"] = np.array([1.0, 1.0, 1.5, 3.0], np.float32)
+    path = save(nodes, constants, tmp_path / "model.onnx", opset=opset)
+    prepared = load_float_model(path).proto.SerializeToString()
+    np.testing.assert_allclose(outputs(prepared)[0], outputs(path)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_that_is_no_tensor_is_named(tmp_path: Path) -> None:
+    nodes = [
+        make("MatMul", ["x", "w"], ["s"], "layer"),
+        make("SequenceConstruct", ["s"], ["y"], "sequence"),
+    ]
+    path = save(nodes, weights(w=(SIZE, 6)), tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.graph.output[0].CopyFrom(
+        helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
+    )
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="'y' is a sequence, no tensor; export the model without"):
+        load_float_model(path)
+
+
+def test_a_layer_named_as_an_output_is_told_from_it(tmp_path: Path) -> None:
+    nodes, constants = named_as_output()
+    orders = []
+    for name in ("y", "MatMul_2"):
+        nodes[-1].name = name
+        builder = builder_of(save(nodes, constants, tmp_path / f"{name}.onnx"), "cpu")
+        orders.append(builder.float_order(equalized=False))
+    assert orders[0] == orders[1]
 
 
 def test_predictions_are_numbers_where_rounding_makes_infinities(tmp_path: Path) -> None:
@@ -430,21 +621,41 @@ def test_bias_correction_says_that_it_needs_inputs_of_one_shape(tmp_path: Path) 
         builder.quantize(QuantizationConfig(calibration_images="all", bias_correction=True))
 
 
+def test_inputs_of_two_shapes_are_equalized_one_at_a_time(tmp_path: Path) -> None:
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first", pads=[1] * 4),
+        make("Relu", ["a"], ["r"], "relu"),
+        make("Conv", ["r", "w2"], ["y"], "last"),
+    ]
+    constants = weights(w=(8, 3, 3, 3), b=(8,), w2=(6, 8, 1, 1))
+    path = save(nodes, constants, tmp_path / "model.onnx", size=None, batch=None)
+    builder = builder_of(path, "cpu", OfTwoSizes)
+    config = QuantizationConfig(calibration_images="all", equalization=True)
+    assert builder.quantize(config)
+    with pytest.raises(InputError, match="bias_correction"):
+        builder.quantize(QuantizationConfig(calibration_images="all", bias_correction=True))
+
+
 def save(
-    nodes: list[onnx.NodeProto], constants: Constants, path: Path, size: int | None = SIZE
+    nodes: list[onnx.NodeProto],
+    constants: Constants,
+    path: Path,
+    size: int | None = SIZE,
+    batch: int | None = 1,
+    opset: int = 17,
 ) -> Path:
     value = helper.make_tensor_value_info
     others = [value("z", TensorProto.FLOAT, None)] if "z" in nodes[-1].output else []
     graph = helper.make_graph(
         nodes,
         "model",
-        [value("x", TensorProto.FLOAT, [1, 3, size, size])],
+        [value("x", TensorProto.FLOAT, [batch, 3, size, size])],
         [value("y", TensorProto.FLOAT, None), *others],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     dilated = any(n.op_type == "AveragePool" and "dilations" in str(n) for n in nodes)
-    opset = helper.make_opsetid("", 19 if dilated else 17)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    version = helper.make_opsetid("", 19 if dilated else opset)
+    model = helper.make_model(graph, opset_imports=[version], ir_version=10)
     import_own_domain(model)
     model = onnx.shape_inference.infer_shapes(model)
     if not model.graph.output[0].type.tensor_type.HasField("shape"):  # behind an own operator
@@ -458,11 +669,12 @@ def inputs() -> NDArray[np.float32]:
 
 
 class OfTwoSizes(ArrayInputs):
-    """Inputs of two heights, one at a time."""
+    """Inputs of two heights, which cannot share a batch."""
 
     def batches(
         self, batch_size: int, indices: NDArray[np.int64] | None = None
     ) -> Iterator[dict[str, NDArray[Any]]]:
+        assert batch_size == 1
         for number, batch in enumerate(super().batches(1, indices)):
             yield {"x": batch["x"][:, :, number % 2 :]}
 

@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 from optuna_quantune.comparison import Comparison
 from optuna_quantune.evaluation.metrics import Interval
 from optuna_quantune.evaluation.metrics import Measurement
+from optuna_quantune.report.numbers import short
 from optuna_quantune.report.result_rows import result_sections
 from optuna_quantune.report.trial_rows import best_first
 from optuna_quantune.report.trial_rows import TrialRow
@@ -96,3 +97,17 @@ def test_the_best_comes_first_and_of_equal_ones_the_fastest(
         make_trial(state=TrialState.FAIL),
     )
     assert [trial.number for trial in best_first(study.trials, direction)] == order
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.0, "0.0000"),
+        (0.75, "0.7500"),
+        (3.14159e-6, "3.142e-06"),
+        (-0.0012, "-0.0012"),
+        (2e6, "2,000,000"),
+    ],
+)
+def test_small_errors_are_no_zeros(number: float, text: str) -> None:
+    assert short(number) == text
