@@ -333,7 +333,9 @@ def quantize_command(
     help="What a quantized MODEL was made from: finds activations that were lost.",
 )
 @click.option(
-    "--space", default="quantune", help="Preset, or JSON file of knobs and choices, to predict."
+    "--space",
+    default="quantune",
+    help="Preset (quantune, extended or vta), or JSON file of knobs and choices, to predict.",
 )
 @data_options
 def inspect_command(

@@ -63,7 +63,13 @@ split_options = _all_of(
 )
 # What inputs are made of, and how a model is run here.
 input_options = _all_of(
-    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        show_default="all cores",
+        help="Threads of one inference when latency is measured, as the application will have "
+        "them. Everything else uses all cores that the process may.",
+    ),
     click.option(
         "--cache",
         default=DEFAULT_CACHE,
@@ -88,7 +94,7 @@ input_options = _all_of(
         "--preprocessing",
         metavar="JSON",
         help="JSON file of the images' preprocessing: mean, std, scale, channel_order, "
-        "resize_short_side, crop, interpolation.",
+        "resize_short_side, crop, interpolation, layout.",
     ),
 )
 # What a sampler may learn from.
@@ -169,7 +175,9 @@ def search_options(n_trials: int) -> Callable[[Command], Command]:
             help="'quantune', a class of optuna.samplers, or module:factory.",
         ),
         click.option(
-            "--space", default="quantune", help="Preset, or JSON file of knobs and choices."
+            "--space",
+            default="quantune",
+            help="Preset (quantune, extended or vta), or JSON file of knobs and choices.",
         ),
     )
 
@@ -179,8 +187,9 @@ goal_options = _all_of(
     click.option(
         "--prefer",
         type=click.Choice(get_args(Preference)),
-        show_default="accuracy (the least noise) under a bound on latency or size, size if "
-        "only that is an objective, otherwise latency",
+        show_default="accuracy (the least noise) under a bound on latency or size without one "
+        "on accuracy; otherwise size if only that is a goal, or the target is not timed here, and "
+        "latency",
         help="What decides among models that cannot be told from the best one.",
     ),
     click.option(

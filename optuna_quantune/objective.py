@@ -106,15 +106,20 @@ _REPORTS: Final = 10
 
 
 class TrialFailure(RuntimeError):
-    """A configuration that could not be built or run; its trial fails, the study goes on."""
+    """A configuration that could not be built or run.
+
+    Its trial fails; the study goes on where `optimize` is given ``catch=(TrialFailure,)``, as by
+    `tune`.
+    """
 
 
 class QuantizationObjective:
     """An Optuna objective that quantizes a model as a trial says and measures it.
 
-    Any sampler, pruner and storage works with it. The value is the accuracy on the evaluation
-    inputs (or the agreement with the float model when there are no labels), to be maximized;
-    with several `objectives` there is one value for each, and a study is created with
+    Any sampler, pruner and storage works with it; a sampler that is told of a search space, or of
+    features, takes `objective.space` and `objective.features`. The value is the accuracy on the
+    evaluation inputs (or the agreement with the float model when there are no labels), to be
+    maximized; with several `objectives` there is one value for each, and a study is created with
     ``directions=objective.directions``. What explains it stands in the trial's user attributes:
     ``config``, ``digest``, ``top1``, ``top5``, ``agreement``, ``sqnr_db``, ``margin_sqnr_db``,
     ``metric_value``, ``latency_ratio`` with its interval, ``size_bytes``, ``seconds`` and the
@@ -129,8 +134,9 @@ class QuantizationObjective:
 
     Example:
         >>> objective = QuantizationObjective("model.onnx", calibration=calib, evaluation=val)
-        >>> study = optuna.create_study(direction="maximize")
-        >>> study.optimize(objective, n_trials=20)
+        >>> sampler = QuantuneSampler(objective.space, features=objective.features)
+        >>> study = optuna.create_study(direction="maximize", sampler=sampler)
+        >>> study.optimize(objective, n_trials=20, catch=(TrialFailure,))
         >>> objective.export(study.best_trial, "model.int8.onnx")
 
     Args:
@@ -257,7 +263,10 @@ class QuantizationObjective:
         if "latency" in self.goals.objectives or max_latency is not None:
             self.target.check_latency()
         if max_accuracy_drop is not None and self.metric == "sqnr_db":
-            raise InputError("max_accuracy_drop: the float model has no noise to compare with")
+            raise InputError(
+                "max_accuracy_drop: the float model has no noise to compare with; give a metric "
+                "that it has, too, or bound latency or size"
+            )
         if precision is None:
             precision = max(DEFAULT_PRECISION, DEFAULT_PRECISION_INPUTS / len(self.evaluation))
         if not precision > 0:
@@ -384,7 +393,7 @@ class QuantizationObjective:
           objective: the expected values of the constraints that there are. (Accuracy as an
           objective rises as its loss falls; that needs no second estimate.)
 
-        Latency is estimated node by node, and only for targets that run on a processor.
+        Latency is estimated node by node, and only for the target ``cpu``.
 
         Args:
             params: Parameters of a trial of `space`.
@@ -419,7 +428,7 @@ class QuantizationObjective:
     def expected_latency(self, params: Mapping[str, Any]) -> float:
         """About how long a configuration takes over the float model, before it is built.
 
-        Estimated node by node; NaN for a target that does not run on a processor.
+        Estimated node by node; NaN for other targets than ``cpu``.
 
         Args:
             params: Parameters of a trial of `space`, or any knobs.

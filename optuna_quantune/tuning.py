@@ -205,7 +205,7 @@ def tune(
             arrays by input name, or the path of a file of arrays.
         evaluation: Inputs, with labels if there are any, that accuracy is measured on; may be
             left out with `evaluate`.
-        space: A search space, or the name of a preset.
+        space: A search space, the name of a preset, or the path of a JSON file.
         metric: ``top1``, ``top5``, ``agreement`` or ``sqnr_db``, or a function of the outputs;
             see `QuantizationObjective` for this and the next three.
         evaluate: A function of a session, in place of `metric`.
@@ -218,7 +218,8 @@ def tune(
         source_studies: What ``quantune`` learns from before the first trial: earlier studies of
             other models, as `QuantuneSampler` takes them, and ``records`` for those of the
             reference models that the package ships; nothing when it is empty.
-        pruner: An Optuna pruner; `RacingPruner` by default. `optuna.pruners.NopPruner` stops none.
+        pruner: An Optuna pruner; by default a `RacingPruner`, to which half an input that selects
+            is no gain. `optuna.pruners.NopPruner` stops none.
         n_trials: Number of trials, those already in the study included; None, with a `timeout`,
             sets no number.
         timeout: Seconds from the call on after which no further trial is begun. The first one is
@@ -242,7 +243,8 @@ def tune(
         seed: Seed of the sampler and of the split.
         output: The ``.onnx`` file to write.
         cache: Folder of the calibration statistics; None keeps nothing.
-        threads: Threads of ONNX Runtime.
+        threads: Threads of one inference when latency is measured, as the application will have
+            them; None is all cores.
         progress: Called with stage, items done and items in all.
         callbacks: Called after every trial, as by `optuna.Study.optimize`.
 

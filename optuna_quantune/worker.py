@@ -81,7 +81,8 @@ def work(
             timeout is needed where `tune` was given no number.
         timeout: Seconds from the call on after which no further trial is begun.
         cache: Folder of the calibration statistics; None keeps nothing.
-        threads: Threads of ONNX Runtime.
+        threads: Threads of one inference when latency is measured, as the application will have
+            them; None is all cores.
         progress: Called with stage, items done and items in all.
         callbacks: Called after every trial of this process.
 

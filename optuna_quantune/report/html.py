@@ -119,7 +119,7 @@ def check_report(path: str | Path) -> Path:
     check_folder(path, "report")
     if importlib.util.find_spec("plotly") is None:
         raise InputError(
-            "report: needs plotly; install it with pip install 'optuna-quantune[report]'"
+            "report: needs plotly, the extra 'report'; install it with pip install plotly"
         )
     return path
 
