@@ -15,6 +15,8 @@ Objective = Literal["accuracy", "latency", "size"]
 # Constraints of a trial, feasible when not positive: the metric's loss beyond its bound in the
 # metric's unit; latency and size beyond theirs as a share of the bound.
 DROP_CONSTRAINT: Final = "accuracy_drop"
+# A drop that differs from its bound by less is the bound: 1 - 0.99 is more than 0.01 in float64.
+ROUNDING: Final = 1e-9
 LATENCY_CONSTRAINT: Final = "latency"
 SIZE_CONSTRAINT: Final = "size"
 
@@ -101,7 +103,8 @@ class Goals:
         """The constraints of a trial, by name; one for each bound."""
         constraints = {}
         if self.max_accuracy_drop is not None:
-            constraints[DROP_CONSTRAINT] = outcome.drop - self.max_accuracy_drop
+            excess = outcome.drop - self.max_accuracy_drop
+            constraints[DROP_CONSTRAINT] = 0.0 if abs(excess) < ROUNDING else excess
         if self.max_latency is not None:
             constraints[LATENCY_CONSTRAINT] = outcome.latency_ratio / self.max_latency - 1.0
         if self.max_size is not None:

@@ -59,6 +59,7 @@ from optuna_quantune.goals import DROP_CONSTRAINT
 from optuna_quantune.goals import Goals
 from optuna_quantune.goals import Objective
 from optuna_quantune.goals import Outcome
+from optuna_quantune.goals import ROUNDING
 from optuna_quantune.ladder import Climb
 from optuna_quantune.ladder import Ladder
 from optuna_quantune.ladder import RANKS
@@ -550,7 +551,7 @@ class QuantizationObjective:
         if reports:
             trial.report(prior, step=0)
         if self.goals.max_accuracy_drop is not None:
-            bar = self.value(self.float_evaluation) - self.goals.max_accuracy_drop
+            bar = self.value(self.float_evaluation) - self.goals.max_accuracy_drop - ROUNDING
             trial.set_user_attr(BAR_KEY, bar)
         climb = Climb(ladder)
         for interval in climb.run(self._evaluator.runner(model)):

@@ -70,6 +70,11 @@ def test_a_constraint_is_feasible_exactly_where_its_bound_is_kept() -> None:
     assert "0.60x" in latency
     assert "3,000,000 bytes" in size
     assert Goals().constraints(OUTCOME) == {}
+    for right, bound in ((0.99, 0.01), (0.98, 0.02), (0.95, 0.05)):  # 1 - 0.99 is more than 0.01
+        kept = Goals(max_accuracy_drop=bound)
+        outcome = dataclasses.replace(OUTCOME, drop=1.0 - right)
+        assert kept.constraints(outcome) == {"accuracy_drop": 0.0}
+        assert kept.missed(outcome) == ()
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ _FIT_VARIANCE: Final = 1 / 4
 # The scale is about the mean size of the noise, and 0.7 to 1.3 times that fits each of the tails.
 # A model of which most outputs are the same leaves no noise, and without a floor no doubt.
 _LEAST_SPREAD: Final = 0.1
+# Margins whose variance is at most this share of their squared mean are the same.
+_LEAST_VARIATION: Final = 1e-12
 _FIT_STEPS: Final = 5
 _SPREAD_STEPS: Final = 6
 # Margins are summed up in so many groups of neighbours before the tails are evaluated on them.
@@ -88,7 +90,7 @@ class MarginNoise:
             left: What the int8 model leaves of them, shape (n,).
         """
         # Where a model makes no noise at all, as its own float copy, a hair keeps it finite.
-        least = 1e-9 * max(float(margins.max()), np.finfo(np.float64).tiny)
+        least = 1e-9 * (float(margins.max()) or 1.0)
         deviation, robust = np.ones(len(margins)), np.ones(len(margins))
         for _ in range(_FIT_STEPS):
             precision = robust / np.square(deviation)
@@ -101,9 +103,7 @@ class MarginNoise:
             robust = (_ROBUST + 1) / (_ROBUST + np.square(standard))
         variance = float(np.mean(robust * np.square(standard))) * np.square(deviation)
         precision = robust / np.maximum(variance, least**2)
-        columns = np.stack([np.ones_like(margins), margins], axis=1)
-        information = (columns.T * precision) @ columns
-        covariance: NDArray[np.float64] = np.linalg.inv(information).astype(np.float64)
+        covariance = _covariance(margins, precision)
         # Where every output is the same, all that is left is exactly 0, and that has flipped.
         is_below = standard <= 0
         below = (int(is_below.sum()) + 0.5) / (len(margins) + 1)
@@ -174,6 +174,17 @@ def _line(
     spread = float(precision @ np.square(across))
     slope = float(precision @ (across * (values - value))) / spread if spread > 0 else 0.0
     return np.array([value - slope * mean, slope])
+
+
+def _covariance(
+    margins: NDArray[np.float64], precision: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Of intercept and slope; where all margins are the same nothing is said about a slope."""
+    total = float(precision.sum())
+    mean = float(precision @ margins) / total
+    spread = float(precision @ np.square(margins - mean))
+    slope = 1.0 / spread if spread > _LEAST_VARIATION * total * mean**2 else 0.0
+    return np.array([[1.0 / total + mean**2 * slope, -mean * slope], [-mean * slope, slope]])
 
 
 def _noise_scale(

@@ -440,7 +440,9 @@ def _bisect(holds_left: Callable[[float], bool], left: float, right: float) -> f
 def _noise_to_signal(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
     _check_same_shape(outputs, reference)
     signal = np.asarray(reference, np.float64).ravel()
-    noise = np.asarray(outputs, np.float64).ravel() - signal
+    known = np.isfinite(signal)  # an input without numbers says nothing of the model
+    signal = signal[known]
+    noise = np.asarray(outputs, np.float64).ravel()[known] - signal
     noise_power, signal_power = float(noise @ noise), float(signal @ signal)
     if noise_power == 0:
         return 0.0

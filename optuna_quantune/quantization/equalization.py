@@ -215,7 +215,10 @@ def _passed_on(
     joined: _Joined,
 ) -> Channels:
     """The channels of a node's output. Operands that it does not pass on keep the factor 1."""
-    if node.op_type in _HOMOGENEOUS_OPS:
+    # What a pool brings together must have one factor.
+    if node.op_type in _HOMOGENEOUS_OPS and (
+        "Pool" not in node.op_type or _per_channel(operands[0])
+    ):
         for slope in operands[1:]:  # of a PRelu, where it is computed
             joined.join(slope, np.array(_FIXED))
         return operands[0]

@@ -160,6 +160,8 @@ class JointNoise:
         def run(feed: Mapping[str, NDArray[Any]]) -> list[list[NDArray[np.float32]]]:
             batches = session.run(self._names, {**feed, **parameters})
             size = len(next(iter(feed.values()))) if self._model.takes_batches else 1
+            if any(batch.shape[:1] != (size,) for batch in batches):  # no axis for the batch
+                return [batches]
             return [[batch[n : n + 1] for batch in batches] for n in range(size)]
 
         return list(itertools.chain(*ordered_map(run, feeds, workers=self._workers)))
@@ -205,8 +207,12 @@ def joint_error(
 
     Args:
         outputs: For each input the model's outputs.
-        reference: The same of the float model.
+        reference: The same of the float model. What is not finite there does not count.
     """
+    known = [[np.isfinite(part) for part in parts] for parts in reference]
+    outputs, reference = _at(outputs, known), _at(reference, known)
+    if not all(np.isfinite(part).all() for parts in outputs for part in parts):
+        return JointError(_SILENT, _SILENT, 0.0)  # rounding has made infinities
     tiny = np.finfo(np.float64).tiny
     ratios = []
     for number in range(len(reference[0])):
@@ -223,6 +229,16 @@ def joint_error(
     silent = gain <= 0.0 or left > _SILENT * gain**2 * power
     confusion = _SILENT if silent else left / (gain**2 * power)
     return JointError(float(np.mean(ratios)), confusion, gain)
+
+
+def _at(
+    outputs: Sequence[Sequence[NDArray[np.float32]]], known: Sequence[Sequence[NDArray[np.bool_]]]
+) -> list[list[NDArray[np.float32]]]:
+    """The outputs with 0 for what does not count."""
+    return [
+        [np.where(at, part, np.float32(0.0)) for part, at in zip(parts, places, strict=True)]
+        for parts, places in zip(outputs, known, strict=True)
+    ]
 
 
 def alike(inputs: Sequence[Mapping[str, NDArray[Any]]]) -> bool:

@@ -54,6 +54,8 @@ def measurable_outputs(model: FloatModel) -> tuple[TensorSpec, ...]:
     real = {v.name: v for v in (*graph.value_info, *graph.output) if _is_real(v)}
     kept = [o.name for o in graph.output if o.name in (varying & real.keys()) - selected]
     lost = [o.name for o in graph.output if o.name in selected or not kept]
+    if not lost and varying.issuperset(o.name for o in graph.output):
+        return model.outputs
     found = [*kept, *_before(lost, graph, varying & real.keys() - selected)]
     return tuple(tensor_spec(real[name]) for name in dict.fromkeys(found)) or model.outputs
 

@@ -400,7 +400,7 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
     taken = {node.name for node in graph.node} | outputs
     for index, node in enumerate(graph.node):
         if not node.name or node.name in outputs:
-            name = f"{node.op_type}_{index}"
+            name = f"{node.name}_{node.op_type}" if node.name else f"{node.op_type}_{index}"
             while name in taken:
                 name += "_"
             node.name = name

@@ -143,7 +143,7 @@ class Quantizer:
         self._weight_rounding = weight_rounding
         self._placements: dict[tuple[tuple[str, ...], Fusion], Placement] = {}
         self._given_placement = placement
-        self._ranges: dict[tuple[str, int, str, str], tuple[float, float]] = {}
+        self._ranges: dict[tuple[str, int, str, str, int], tuple[float, float]] = {}
         self._constant_extremes: dict[tuple[str, int | None, bool], Range] = {}
         self._weight_ranges: dict[tuple[str, int | None, Scheme], Range] = {}
         self._least_scales: dict[tuple[str, bool], NDArray[np.float64]] = {}
@@ -371,9 +371,11 @@ class Quantizer:
         size, clipping = self.statistics.resolve(config.calibration_images), config.clipping
         histogram = self.statistics.histogram(tensor, size)
         scheme = ranging_scheme(histogram, clipping, config.scheme)
-        key = (tensor, size, clipping, scheme)
+        key = (tensor, size, clipping, scheme, config.activation_bits)
         if key not in self._ranges:
-            self._ranges[key] = choose_range(histogram, clipping, scheme)
+            self._ranges[key] = choose_range(
+                histogram, clipping, scheme, bits=config.activation_bits
+            )
         return self._ranges[key]
 
     def _constant_parameters(

@@ -193,6 +193,8 @@ class Accumulator:
 
     def _extend(self, minimum: float, maximum: float) -> None:
         """Widens the extremes; what is not a number stays."""
+        if minimum > maximum:  # of no values
+            return
         self._minimum = float(np.minimum(self._minimum, minimum))
         self._maximum = float(np.maximum(self._maximum, maximum))
         largest = np.array([max(abs(self._minimum), abs(self._maximum))], dtype=np.float32)

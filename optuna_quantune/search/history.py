@@ -127,6 +127,9 @@ def read_history(
             informative.append((trial, codes))
         elif trial.params:  # else it was never begun, as an enqueued duplicate
             failed.append(codes)
+    # What was interrupted, and measured when it was run again, has not failed.
+    measured = {codes.tobytes() for _, codes in informative}
+    failed = [codes for codes in failed if codes.tobytes() not in measured]
     complete = [t.values for t, _ in informative if t.state == TrialState.COMPLETE]
     middle = _finite_median(sign * _rows(complete, len(sign)))
     outcomes = [_outcome(trial, sign, middle) for trial, _ in informative]

@@ -150,3 +150,15 @@ def test_a_random_sample_corrects_what_the_fit_expects_and_makes_it_surer() -> N
     assert as_expected == pytest.approx(alone, rel=0.2)
     assert surer < 0.7 * doubt
     assert 1.3 * alone < twice < 2.0 * alone
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0, 1e-3, 1e6])
+def test_margins_that_are_all_the_same_leave_doubt_and_no_error(margin: float) -> None:
+    margins = np.full(16, margin)
+    for left in (margins, margins * np.linspace(0.5, 1.5, 16), -margins):
+        model = MarginNoise.fit(margins, left)
+        expected, variance = model.flips(np.full(50, margin), margins[:4], int(left[0] <= 0))
+        assert 0.0 <= expected <= 50.0
+        assert 0.0 <= variance < np.inf
+        nearly = MarginNoise.fit(margins * (1 + 1e-9 * np.arange(16)), left)
+        assert min(nearly.flips(np.full(50, margin), np.zeros(0), 0)) >= 0.0

@@ -294,3 +294,10 @@ def test_scores_that_are_cut_off_are_noise_of_margins_more_than_of_outputs() -> 
     cut_off = np.minimum(reference, 9.0)
     assert sqnr_db(cut_off, reference) > 20
     assert margin_sqnr_db(cut_off, reference) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("nothing", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_in_float_says_nothing_of_the_noise(nothing: float) -> None:
+    reference = np.array([1.0, 2.0, nothing])
+    assert sqnr_db(np.array([1.1, 2.2, nothing]), reference) == pytest.approx(20.0)
+    assert sqnr_db(np.array([1.1, nothing, nothing]), reference) == -math.inf

@@ -85,3 +85,16 @@ def test_only_the_noise_of_the_weights_is_left(
 def test_other_widths_are_refused() -> None:
     with pytest.raises(InputError, match="knob 'activation_bits': 4 is not one of 8, 16"):
         QuantizationConfig(activation_bits=4)  # type: ignore[arg-type]
+
+
+def test_what_is_clipped_by_least_error_is_clipped_for_that_width(quantizer: Quantizer) -> None:
+    """Beside 65,536 steps hardly anything is worth cutting off."""
+    wide, narrow = (
+        quantizer.plan(QuantizationConfig(activation_bits=bits, clipping="mse")).activations
+        for bits in (16, 8)
+    )
+    spans = {
+        name: (float(wide[name].scale) * 65535, float(narrow[name].scale) * 255) for name in wide
+    }
+    assert all(first >= 0.999 * second for first, second in spans.values())
+    assert any(first > 1.1 * second for first, second in spans.values())

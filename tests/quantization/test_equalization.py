@@ -104,14 +104,14 @@ def test_channels_are_followed_through_the_graph(everything: FloatModel) -> None
     free = np.concatenate([written[n] for n in ("stem", "grouped", "depthwise", "side")])
     assert len(set(free)) == 6 + 6 + 6 + 4
     assert 0 not in free
-    assert np.all(written["logits"] == 0)  # the model's output
+    assert np.all(written["logits_Gemm"] == 0)  # the model's output
     assert np.all(read["stem"] == 0)  # the model's input
     np.testing.assert_array_equal(read["grouped"], written["stem"])
     # Channels 0 1 | 2 3 | 4 5 of the three groups are read as 0 2 4 1 3 5.
     np.testing.assert_array_equal(read["depthwise"], written["grouped"][[0, 2, 4, 1, 3, 5]])
     np.testing.assert_array_equal(written["project"], written["stem"])  # joined by the addition
     both = np.concatenate([written["stem"], written["side"]])
-    np.testing.assert_array_equal(read["logits"], np.repeat(both, 9))
+    np.testing.assert_array_equal(read["logits_Gemm"], np.repeat(both, 9))
 
 
 def test_the_float_function_stays_as_it_is_to_rounding(
@@ -198,6 +198,25 @@ def test_channels_of_a_clip_keep_their_size(
         equalized.weights["depthwise.bias"], float_model.weights["depthwise.bias"]
     )
     expected, found = run(float_model.proto, toy_inputs), run(equalized.proto, toy_inputs)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_pool_over_places_of_several_channels_passes_no_factors_on(
+    tmp_path: Path, images: NDArray[np.float32], run: Run
+) -> None:
+    """A pixel shuffle that is written out puts four channels into each window."""
+    b = Builder(tmp_path)
+    first = b.conv("first", "input", (12, 3, 3, 3))
+    for number, sizes in enumerate([(0, 2, 2, 3, 8, 8), (0, 3, 16, 16)]):
+        shape = b.constant(f"shape{number}", np.array(sizes))
+        first = b.add("Reshape", [first, shape], f"shaped{number}")
+        if not number:
+            first = b.add("Transpose", [first], "turned", perm=[0, 3, 4, 1, 5, 2])
+    mean = b.add("Flatten", [b.add("GlobalAveragePool", [first], "mean")], "flat")
+    b.constant("head.weight", np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32))
+    model = b.load(b.add("Gemm", [mean, "head.weight"], "head", transB=1), ["n", 5])
+    equalized = equalize(model, ArrayInputs({"input": images})).model
+    expected, found = run(model.proto, images), run(equalized.proto, images)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

@@ -179,7 +179,7 @@ def test_what_a_loop_brings_along_is_not_read_from_outside() -> None:
         [numpy_helper.from_array(np.ones(3, np.float32), "factor")],
     )
     loop = helper.make_node("Loop", ["n", "", "start"], ["end", "all"], name="loop", body=body)
-    assert reads(loop) == ["n", "", "start", "outer"]
+    assert reads(loop) == ["n", "start", "outer"]
 
 
 def test_nodes_are_sorted_by_what_they_and_their_branches_read(model: onnx.ModelProto) -> None:

@@ -183,6 +183,10 @@ def test_what_is_left_of_a_signal_is_told_from_what_confuses_it() -> None:
     assert error.total == pytest.approx(np.mean(np.square(found - exact)), rel=0.02)
     silent = joint_error([[x] for x in noise], [[x] for x in exact])
     assert silent.confusion > 1e3
+    found[0, 0, 0] = -np.inf  # a logarithm of what was rounded to 0
+    infinite = joint_error([[x] for x in found], [[x] for x in exact])
+    assert infinite.total > 1e3
+    assert infinite.confusion > 1e3
 
 
 def test_moments_are_those_of_the_inputs_of_each_layer(

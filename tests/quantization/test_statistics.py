@@ -117,3 +117,12 @@ def test_counting_goes_on_from_counts() -> None:
     expected = counts_of(np.concatenate([first, second]))
     np.testing.assert_array_equal(accumulator.counts().counts, expected.counts)
     assert accumulator.counts().minimum == expected.minimum
+
+
+def test_parts_without_values_change_nothing() -> None:
+    counts = counts_of(np.array([0.0, 1.0, -3.0], np.float32))
+    nothing = Accumulator().counts()
+    for total in (nothing + counts, counts + nothing):
+        np.testing.assert_array_equal(total.bins, counts.bins)
+        np.testing.assert_array_equal(total.counts, counts.counts)
+        assert (total.minimum, total.maximum) == (-3.0, 1.0)

@@ -417,6 +417,17 @@ def constants_on_the_left() -> Case:
     return nodes, constants
 
 
+def without_batch() -> Case:
+    """Outputs of which one has no axis for the batch and the other no axis at all."""
+    nodes = [
+        make("Conv", ["x", "w", "b"], ["a"], "first"),
+        make("Conv", ["a", "w2"], ["c"], "last"),
+        make("Squeeze", ["c", "axis"], ["y"], "squeeze"),
+        make("ReduceMean", ["c"], ["z"], "mean", keepdims=0),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1)) | {"axis": np.array([0])}
+
+
 def logarithm() -> Case:
     """Of what rounding may bring down to 0."""
     nodes = [
@@ -475,6 +486,7 @@ AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], stride
         (without_inputs, "cpu", [{}, {"float_layers": 1}]),
         (constants_on_the_left, "cpu", [{}, {"granularity": "tensor"}]),
         (constants_on_the_left, "arm64", [{}]),
+        (without_batch, "cpu", [{"clipping": "kl"}, {"granularity": "tensor"}]),
         (summed_up, "qnn", [{}, {"activation_bits": 16}]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -557,7 +569,7 @@ def test_an_output_that_is_no_tensor_is_named(tmp_path: Path) -> None:
 def test_a_layer_named_as_an_output_is_told_from_it(tmp_path: Path) -> None:
     nodes, constants = named_as_output()
     orders = []
-    for name in ("y", "MatMul_2"):
+    for name in ("y", "y_MatMul"):
         nodes[-1].name = name
         builder = builder_of(save(nodes, constants, tmp_path / f"{name}.onnx"), "cpu")
         orders.append(builder.float_order(equalized=False))

@@ -215,3 +215,11 @@ def test_features_stay_with_the_trial() -> None:
     features = {f"layer{i:03d}": i / 7 for i in range(300)}
     publish_plan(study, frozen, {"n": 5, "c": "b"}, {**features, "unknown": float("nan")})
     assert published_features(study.trials[0]) == features
+
+
+def test_what_was_interrupted_and_run_again_has_not_failed() -> None:
+    study = optuna.create_study()
+    add(study, 1, state=TrialState.FAIL)
+    add(study, 2, state=TrialState.FAIL)
+    add(study, 1, value=0.5)
+    np.testing.assert_array_equal(read_history(study, ENCODING, None).failed[:, 1], [2])
