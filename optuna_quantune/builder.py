@@ -226,19 +226,19 @@ class Builder:
                 unchanged = len(kept.activations) == len(placement.activations)
                 if unchanged or error.tensor in ends or not error.is_number:
                     raise first from None
-                self._warn_of_mask(error.tensor, "infinite, or nearly so,", around)
+                self._warn_of_mask(error.tensor, "is infinite, or nearly so,", around)
                 placement = kept
                 continue
             for tensor in masked(model.proto.graph, statistics):
                 around = nodes_around(model.proto.graph, tensor)
-                self._warn_of_mask(tensor, "far apart", around)
+                self._warn_of_mask(tensor, "has values far apart", around)
                 placement = keep_float(placement, model, around)
             return placement, statistics
 
     def _warn_of_mask(self, tensor: str, what: str, around: Sequence[str]) -> None:
         if tensor not in self._infinite:
             _logger.warning(
-                f"Activation {tensor!r} is {what} for some calibration input, as behind a mask: "
+                f"Activation {tensor!r} {what} for some calibration input, as behind a mask: "
                 f"{', '.join(map(repr, around))} stay in float."
             )
             self._infinite.add(tensor)

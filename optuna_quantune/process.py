@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from functools import cache
@@ -45,14 +46,14 @@ def is_gone(name: object) -> bool:
 
 @cache
 def _machine() -> str:
-    """What process numbers are unique in: a machine since its start, or a container there."""
+    """Stands for what process numbers are unique in: a machine since its start, or a container."""
     parts = [platform.node()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
     except OSError:  # not Linux
         pass
-    return " ".join(parts)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def _start(number: int) -> str:
