@@ -9,7 +9,9 @@ always running: whenever the oldest ends, the next is asked for, as four equal w
 Regret is counted after as many finished trials as the search with one worker has. The n-th trial
 to finish was chosen when at most n - 4 values were known, where one worker knows n - 1: beside the
 ratio of the regrets stands the one that is lost by that alone, of one worker three trials earlier,
-and how many trials of one worker are worth as much. Runs are kept, and only missing ones are made;
+and how many trials of one worker are worth as much. Normalised regrets count most on the tables
+whose configurations are much alike, as nothing collapses there; in points of accuracy all count by
+what is lost. Runs are kept, and only missing ones are made;
 delete `runs.csv` after a change of the sampler or of the tables.
 """
 
@@ -46,6 +48,7 @@ from optuna_quantune.space import SearchSpace
 
 RESULTS = Path(__file__).parent / "results" / "sampler_parallel"
 BUDGETS = (10, 15, 25)
+COLD = "synthetic, cold"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def main() -> None:
     frame = pd.read_csv(file) if file.exists() else pd.DataFrame()
     done = set() if frame.empty else set(zip(frame.tables, frame.name, frame.seed, strict=True))
     kinds: dict[str, tuple[Callable[[str, int], Problem], list[str]]] = {
-        "synthetic, cold": (synthetic, list(synthetic_tables.FAMILIES))
+        COLD: (synthetic, list(synthetic_tables.FAMILIES))
     }
     for sampler in ("quantune+features", "quantune+transfer"):
         kinds[f"recorded, {sampler}"] = (partial(recorded, sampler), tables.complete())
@@ -166,6 +169,14 @@ def write(frame: pd.DataFrame) -> None:
     frame = frame.assign(regret=frame.regret.str.split()).explode("regret")
     frame["regret"] = frame.regret.astype(float)
     frame["trials"] = 1 + frame.groupby(["tables", "name", "seed", "workers"]).cumcount()
+    spans = {
+        (name, seed): 100.0 * float(np.ptp(halves(tables.load(name), seed)[0]))
+        for name, seed in frame.loc[frame.tables != COLD, ["name", "seed"]]
+        .drop_duplicates()
+        .itertuples(index=False)
+    }
+    keys = zip(frame.name, frame.seed, strict=True)
+    frame["points"] = frame.regret * [spans.get(key, np.nan) for key in keys]
     for kind, group in frame.groupby("tables", sort=False):
         lines += section(str(kind), group)
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
@@ -190,18 +201,30 @@ def section(kind: str, frame: pd.DataFrame) -> list[str]:
     more = {b: paired[b][4] - paired[b][1] for b in BUDGETS}
     cells = [f"{more[b].mean():+.4f} ± {more[b].sem():.4f}" for b in BUDGETS]
     lines.append("| difference, paired | " + " | ".join(cells) + " |")
-    cells = [
-        f"{mean.loc[4, b] / mean.loc[1, b]:.2f}" if mean.loc[1, b] > 0.0 else "-" for b in BUDGETS
-    ]
-    lines.append("| ratio | " + " | ".join(cells) + " |")
-    cells = [
-        f"{mean.loc[1, b - 3] / mean.loc[1, b]:.2f}" if mean.loc[1, b] > 0.0 else "-"
-        for b in BUDGETS
-    ]
-    lines.append("| of one worker three trials earlier | " + " | ".join(cells) + " |")
+    lines += _ratios(mean)
+    if frame.points.notna().all():
+        points = frame.groupby(["workers", "trials"])["points"].mean().unstack()
+        for n_workers in points.index:
+            cells = [f"{points.loc[n_workers, b]:.3f}" for b in BUDGETS]
+            lines.append(f"| {n_workers}, in points of accuracy | " + " | ".join(cells) + " |")
+        lines += _ratios(points)
     cells = [f"{_equal_trials(mean.loc[1], mean.loc[4, b]):.1f}" for b in BUDGETS]
     lines.append("| as much as one worker after | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _ratios(mean: pd.DataFrame) -> list[str]:
+    """Of four workers' mean to one's, and of one's three trials earlier; by workers and trials."""
+    ratios = {
+        "ratio": [mean.loc[4, b] / mean.loc[1, b] for b in BUDGETS],
+        "of one worker three trials earlier": [
+            mean.loc[1, b - 3] / mean.loc[1, b] for b in BUDGETS
+        ],
+    }
+    return [
+        f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |"
+        for name, values in ratios.items()
+    ]
 
 
 def _equal_trials(curve: pd.Series[float], regret: float) -> float:
