@@ -68,6 +68,7 @@ from optuna_quantune.report.progress import ProgressBars
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.studies import FINISHED
 from optuna_quantune.studies import load_study
+from optuna_quantune.target import get_target
 from optuna_quantune.target import Target
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
@@ -352,6 +353,8 @@ def inspect_command(
     Of a quantized MODEL, also one made by another tool, it shows what stands out.
     """
     console = _console()
+    # A mistake in what is not used now is a mistake all the same.
+    chosen, _ = SearchSpace.load(space), get_target(options["target"])
     if (quantized := load_quantized(model)) is not None:
         source = None if float_model is None else load_float_model(float_model)
         _print_findings(console, lint_quantized(quantized, float_model=source))
@@ -367,7 +370,7 @@ def inspect_command(
         objective = _objective_without_evaluation(
             model,
             read_inputs("calibration", calibration, data, preprocessing),
-            space=SearchSpace.load(space),
+            space=chosen,
             progress=progress,
             **options,
         )

@@ -587,3 +587,14 @@ def test_quantize_and_inspect_take_models_without_any_real_output(
     capsys.readouterr()
     assert call(folder, "inspect", "model.onnx", *images, monkeypatch=monkeypatch) == 0
     assert "predicted SQNR dB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mistake", [("--space", "quantum"), ("--target", "abacus")])
+def test_inspect_names_a_mistake_also_in_what_it_does_not_use(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mistake: tuple[str, str],
+) -> None:
+    assert call(folder, "inspect", "model.onnx", *mistake, monkeypatch=monkeypatch) == 2
+    assert repr(mistake[1]) in capsys.readouterr().err
