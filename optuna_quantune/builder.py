@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,9 @@ from optuna_quantune.quantization.weight_rounding import WeightRounding
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
 
+
+# Names that a warning lists.
+_NAMES_SHOWN: Final = 4
 
 _logger = logging.getLogger(__name__)
 
@@ -221,27 +225,27 @@ class Builder:
                 )
             except NotFiniteError as error:
                 first = first or error
-                around = nodes_around(model.proto.graph, error.tensor)
+                around = _around(model, error.tensors)
                 kept = keep_float(placement, model, around)
                 unchanged = len(kept.activations) == len(placement.activations)
-                if unchanged or error.tensor in ends or not error.is_number:
+                if unchanged or not ends.isdisjoint(error.tensors) or not error.are_numbers:
                     raise first from None
-                self._warn_of_mask(error.tensor, "is infinite, or nearly so,", around)
+                self._warn_of_mask(error.tensors, "infinite, or nearly so,", around)
                 placement = kept
                 continue
-            for tensor in masked(model.proto.graph, statistics):
-                around = nodes_around(model.proto.graph, tensor)
-                self._warn_of_mask(tensor, "has values far apart", around)
+            if tensors := list(masked(model.proto.graph, statistics)):
+                around = _around(model, tensors)
+                self._warn_of_mask(tensors, "far apart", around)
                 placement = keep_float(placement, model, around)
             return placement, statistics
 
-    def _warn_of_mask(self, tensor: str, what: str, around: Sequence[str]) -> None:
-        if tensor not in self._infinite:
+    def _warn_of_mask(self, tensors: Sequence[str], what: str, around: Sequence[str]) -> None:
+        if not self._infinite.issuperset(tensors):
             _logger.warning(
-                f"Activation {tensor!r} {what} for some calibration input, as behind a mask: "
-                f"{', '.join(map(repr, around))} stay in float."
+                f"Values of {_listed(tensors)} are {what} for some calibration input, as behind a "
+                f"mask: {_listed(around)} stay in float."
             )
-            self._infinite.add(tensor)
+            self._infinite.update(tensors)
 
     def _noise(self, *, equalized: bool) -> NoiseModel:
         with self._lock:
@@ -269,3 +273,15 @@ class Builder:
         if isinstance(distribution, CategoricalDistribution):
             return distribution.choices
         return (default,)
+
+
+def _around(model: FloatModel, tensors: Sequence[str]) -> list[str]:
+    """Names of the nodes around some tensors."""
+    nodes = (name for tensor in tensors for name in nodes_around(model.proto.graph, tensor))
+    return list(dict.fromkeys(nodes))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(map(repr, names[:_NAMES_SHOWN])) + more

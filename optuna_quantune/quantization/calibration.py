@@ -82,19 +82,19 @@ _logger = logging.getLogger(__name__)
 
 
 class NotFiniteError(InputError):
-    """An activation is not finite for some calibration input.
+    """Activations are not finite for some calibration input.
 
     Attributes:
-        tensor: Its name.
-        is_number: Whether it is infinite there, as behind a mask, and no worse.
+        tensors: Their names.
+        are_numbers: Whether they are infinite there, as behind a mask, and no worse.
     """
 
-    def __init__(self, tensor: str, *, is_number: bool) -> None:
+    def __init__(self, tensors: Sequence[str], *, are_numbers: bool) -> None:
         super().__init__(
-            f"activation {tensor!r}: not finite for some calibration input; "
+            f"activation {tensors[0]!r}: not finite for some calibration input; "
             "check the preprocessing and the float model"
         )
-        self.tensor, self.is_number = tensor, is_number
+        self.tensors, self.are_numbers = tuple(tensors), are_numbers
 
 
 class CalibrationInputs(Protocol):
@@ -331,9 +331,11 @@ class _Counting:
         }
 
     def _add(self, observations: Sequence[Observation], inputs: int) -> None:
+        if lost := [seen for seen in observations if not seen.finite]:
+            raise NotFiniteError(
+                [seen.tensor for seen in lost], are_numbers=all(seen.is_number for seen in lost)
+            )
         for seen in observations:
-            if not seen.finite:
-                raise NotFiniteError(seen.tensor, is_number=seen.is_number)
             counter = self._current[seen.tensor]
             counter.add(seen.sample, weight=seen.weight)
             counter.add(seen.tails)

@@ -514,6 +514,25 @@ def test_an_unusual_graph_is_quantized_as_well_as_any_other(
         assert noise[1] == pytest.approx(predicted, abs=6.0), chosen
 
 
+@pytest.mark.parametrize("lowest", [-np.inf, -1e4])
+def test_what_many_masks_do_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lowest: float
+) -> None:
+    nodes, constants, source = [], weights(w=(SIZE, SIZE), w2=(SIZE, 6)), "x"
+    for layer in range(6):
+        nodes += [
+            make("MatMul", [source, "w"], [f"a{layer}"], f"scores{layer}"),
+            make("Where", ["mask", f"a{layer}", "lowest"], [f"s{layer}"], f"where{layer}"),
+            make("Softmax", [f"s{layer}"], [f"p{layer}"], f"softmax{layer}", axis=-1),
+        ]
+        source = f"p{layer}"
+    nodes.append(make("MatMul", [source, "w2"], ["y"], "last"))
+    constants |= {"mask": np.tri(SIZE, dtype=np.bool_), "lowest": np.full(1, lowest, np.float32)}
+    builder_of(save(nodes, constants, tmp_path / "model.onnx"), "cpu").prepare()
+    (message,) = [r.message for r in caplog.records if "as behind a mask" in r.message]
+    assert "'s0', 's1', 's2', 's3' and 2 more" in message
+
+
 def test_parts_that_leave_together_have_steps_of_their_own(tmp_path: Path) -> None:
     """Boxes of hundreds of pixels and scores, as detectors give them in one tensor."""
     nodes = [
