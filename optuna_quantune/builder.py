@@ -30,6 +30,7 @@ from optuna_quantune.quantization.layer_inputs import input_moments
 from optuna_quantune.quantization.layer_inputs import Moments
 from optuna_quantune.quantization.masks import masked
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.noise import NoiseModel
 from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.placed_graph import PlacedGraph
@@ -208,7 +209,6 @@ class Builder:
         """
         placement = place(model)
         default = QuantizationConfig().calibration_images
-        ends = {spec.name for spec in (*model.inputs, *model.outputs)}
         first: NotFiniteError | None = None
         while True:
             placements = [placement]
@@ -228,7 +228,9 @@ class Builder:
                 around = _around(model, error.tensors)
                 kept = keep_float(placement, model, around)
                 unchanged = len(kept.activations) == len(placement.activations)
-                if unchanged or not ends.isdisjoint(error.tensors) or not error.are_numbers:
+                if wrong := _without_excuse(model, error):
+                    raise NotFiniteError(wrong) from None
+                if unchanged:
                     raise first from None
                 self._warn_of_mask(error.tensors, "infinite, or nearly so,", around)
                 placement = kept
@@ -277,8 +279,20 @@ class Builder:
 
 def _around(model: FloatModel, tensors: Sequence[str]) -> list[str]:
     """Names of the nodes around some tensors."""
-    nodes = (name for tensor in tensors for name in nodes_around(model.proto.graph, tensor))
-    return list(dict.fromkeys(nodes))
+    nodes = (node for tensor in tensors for node in nodes_around(model.proto.graph, tensor))
+    return list(dict.fromkeys(node.name for node in nodes))
+
+
+def _without_excuse(model: FloatModel, error: NotFiniteError) -> Sequence[str]:
+    """Tensors that no mask can be behind: inputs of layers, what is no number, or outputs."""
+    inputs, outputs = ({spec.name for spec in specs} for specs in (model.inputs, model.outputs))
+    of_layers = [
+        tensor
+        for tensor in error.tensors
+        if tensor in inputs
+        and any(n.op_type in WEIGHTED_OPS for n in nodes_around(model.proto.graph, tensor))
+    ]
+    return of_layers or error.not_numbers or [t for t in error.tensors if t in outputs]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -86,15 +86,15 @@ class NotFiniteError(InputError):
 
     Attributes:
         tensors: Their names.
-        are_numbers: Whether they are infinite there, as behind a mask, and no worse.
+        not_numbers: Those of them that are not infinite, as behind a mask, but no numbers.
     """
 
-    def __init__(self, tensors: Sequence[str], *, are_numbers: bool) -> None:
+    def __init__(self, tensors: Sequence[str], *, not_numbers: Sequence[str] = ()) -> None:
         super().__init__(
             f"activation {tensors[0]!r}: not finite for some calibration input; "
             "check the preprocessing and the float model"
         )
-        self.tensors, self.are_numbers = tuple(tensors), are_numbers
+        self.tensors, self.not_numbers = tuple(tensors), tuple(not_numbers)
 
 
 class CalibrationInputs(Protocol):
@@ -333,7 +333,8 @@ class _Counting:
     def _add(self, observations: Sequence[Observation], inputs: int) -> None:
         if lost := [seen for seen in observations if not seen.finite]:
             raise NotFiniteError(
-                [seen.tensor for seen in lost], are_numbers=all(seen.is_number for seen in lost)
+                [seen.tensor for seen in lost],
+                not_numbers=[seen.tensor for seen in lost if not seen.is_number],
             )
         for seen in observations:
             counter = self._current[seen.tensor]

@@ -236,12 +236,18 @@ def stays_float(node: onnx.NodeProto, float_nodes: Set[str]) -> bool:
     return node.name in float_nodes or node.op_type not in _QUANTIZED_OPS
 
 
-def nodes_around(graph: onnx.GraphProto, tensor: str) -> list[str]:
-    """Names of the node that writes a tensor and of those that read it."""
+def nodes_around(graph: onnx.GraphProto, tensor: str) -> list[onnx.NodeProto]:
+    """The node that writes a tensor and those that read it, also where it is only moved."""
     view = GraphView(graph)
-    writer = view.writers.get(tensor)
-    nodes = [*([writer] if writer is not None else []), *view.readers.get(tensor, [])]
-    return list(dict.fromkeys(node.name for node in nodes))
+    while (writer := view.writers.get(tensor)) is not None and writer.op_type in MOVING_OPS:
+        tensor = writer.input[0]
+    nodes = [] if writer is None else [writer]
+    waiting = [tensor]
+    while waiting:
+        readers = view.readers.get(waiting.pop(), [])
+        nodes += [node for node in readers if all(node is not other for other in nodes)]
+        waiting += [node.output[0] for node in readers if node.op_type in MOVING_OPS]
+    return nodes
 
 
 def keep_normalizations(placement: Placement, model: FloatModel) -> Placement:

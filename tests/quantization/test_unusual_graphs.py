@@ -533,6 +533,59 @@ def test_what_many_masks_do_is_one_warning(
     assert "'s0', 's1', 's2', 's3' and 2 more" in message
 
 
+def test_a_softmax_of_an_old_opset_takes_what_is_masked(tmp_path: Path) -> None:
+    """ONNX's converter flattens before it: what is infinite is only moved on the way."""
+    nodes, constants = masked()
+    nodes[2].attribute[0].i = 2
+    path = save(nodes, constants, tmp_path / "model.onnx", opset=11)
+    assert any(n.op_type == "Flatten" for n in load_float_model(path).proto.graph.node)
+    config = QuantizationConfig(calibration_images="all")
+    data = builder_of(path, "cpu").quantize(config).proto.SerializeToString()
+    assert decibels(outputs(data), outputs(path)) > 25.0
+
+
+@pytest.mark.parametrize("lowest", [-np.inf, np.finfo(np.float32).min])
+def test_a_mask_may_be_an_input_and_infinite_inputs_of_layers_are_named(
+    tmp_path: Path, lowest: float
+) -> None:
+    nodes = [
+        make("MatMul", ["x", "w"], ["a"], "scores"),
+        make("Add", ["a", "m"], ["s"], "add"),
+        make("Softmax", ["s"], ["p"], "softmax", axis=-1),
+        make("MatMul", ["p", "w2"], ["y"], "last"),
+    ]
+    path = save(nodes, weights(w=(SIZE, SIZE), w2=(SIZE, 6)), tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.graph.input.append(
+        helper.make_tensor_value_info("m", TensorProto.FLOAT, [1, 1, SIZE, SIZE])
+    )
+    onnx.save(model, path)
+    mask = np.where(np.tri(SIZE, dtype=np.bool_), np.float32(0.0), np.float32(lowest))
+    masks = np.broadcast_to(mask, (len(inputs()), 1, SIZE, SIZE)).astype(np.float32)
+
+    def prepared(x: NDArray[np.float32]) -> Builder:
+        model = load_float_model(path)
+        specs = [InputSpec(i.name, i.shape, i.dtype) for i in model.inputs]
+        builder = Builder(
+            model,
+            ArrayInputs({"x": x, "m": masks}).bind(specs),
+            space=SearchSpace.preset("quantune"),
+            target=get_target("cpu"),
+            takes_batches=lambda: True,
+            cache=None,
+            progress=lambda stage, done, total: None,
+        )
+        builder.prepare()
+        return builder
+
+    config = QuantizationConfig(calibration_images="all")
+    assert prepared(inputs()).predict(config).features()["predicted_sqnr_db"] > 25.0
+    wrong = inputs()
+    wrong[3, 0, 0, 0] = np.inf
+    with pytest.raises(InputError, match="activation 'x': not finite .* check the preprocessing"):
+        prepared(wrong)
+
+
 def test_parts_that_leave_together_have_steps_of_their_own(tmp_path: Path) -> None:
     """Boxes of hundreds of pixels and scores, as detectors give them in one tensor."""
     nodes = [
