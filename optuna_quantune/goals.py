@@ -111,13 +111,20 @@ class Goals:
             constraints[SIZE_CONSTRAINT] = outcome.size_bytes / self.max_size - 1.0
         return constraints
 
-    def missed(self, outcome: Outcome) -> tuple[str, ...]:
-        """One sentence for each bound that a model does not keep."""
+    def missed(self, outcome: Outcome, *, when: str = "") -> tuple[str, ...]:
+        """One sentence for each bound that a model does not keep.
+
+        Args:
+            outcome: What was measured.
+            when: Said before what is another number whenever it is measured.
+        """
         told = {
-            DROP_CONSTRAINT: f"it loses {outcome.drop:.4g}, more than {self.max_accuracy_drop}",
+            DROP_CONSTRAINT: (
+                f"{when}it loses {outcome.drop:.4g}, more than {self.max_accuracy_drop}"
+            ),
             LATENCY_CONSTRAINT: (
-                f"its latency is {outcome.latency_ratio:.2f}x that of the float model, more than "
-                f"{self.max_latency}x"
+                f"{when}its latency is {outcome.latency_ratio:.2f}x that of the float model, more "
+                f"than {self.max_latency}x"
             ),
             SIZE_CONSTRAINT: f"it has {outcome.size_bytes:,} bytes, more than {self.max_size}",
         }

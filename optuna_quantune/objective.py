@@ -560,21 +560,24 @@ class QuantizationObjective:
             rungs.append([done, interval.estimate, interval.low, interval.high])
             if self.goals.objectives[0] == "accuracy":
                 trial.set_user_attr(RUNGS_KEY, rungs)
-            for name, attribute in (
-                (SEEN_KEY, pack(climb.seen)),
-                (CORRECT_KEY, pack(climb.right[self.metric])),
-                (AGREES_KEY, pack(climb.right["agreement"])),
-                (INPUTS_KEY, done),
-                ("interval", [interval.low, interval.high]),
-                ("certain", certain),
-            ):
-                trial.set_user_attr(name, attribute)
+            # What a pruner reads; the rest is noted once, as writing to a database takes long.
+            trial.set_user_attr(SEEN_KEY, pack(climb.seen))
+            trial.set_user_attr(CORRECT_KEY, pack(climb.right[self.metric]))
+            is_pruned = False
             if reports:
                 trial.report(interval.estimate, step=done)
-                if not certain and trial.should_prune():
-                    raise optuna.TrialPruned
-            if certain:
+                is_pruned = not certain and trial.should_prune()
+            if certain or is_pruned:
                 break
+        for name, attribute in (
+            (AGREES_KEY, pack(climb.right["agreement"])),
+            (INPUTS_KEY, done),
+            ("interval", [interval.low, interval.high]),
+            ("certain", certain),
+        ):
+            trial.set_user_attr(name, attribute)
+        if is_pruned:
+            raise optuna.TrialPruned
         if climb.seen.all():
             return self._evaluator.measure(climb.outputs(), ladder.reference, self.evaluation)
         return climb.measurement()

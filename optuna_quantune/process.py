@@ -5,19 +5,36 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from datetime import datetime
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
 
 # User attribute of a trial: the process that runs it.
 PROCESS_KEY: Final = "process"
+# A trial notes its process before anything else.
+_LONGEST_BEGINNING: Final = timedelta(minutes=5)
 
 
 def this_process() -> str:
     """A name that no other process has: machine, number and time of its start."""
     number = os.getpid()
     return f"{_machine()} {number} {_start(number)}"
+
+
+def is_abandoned(trial: FrozenTrial) -> bool:
+    """Whether a running trial's process has ended, or never came to note itself."""
+    if trial.state != TrialState.RUNNING:
+        return False
+    if PROCESS_KEY in trial.user_attrs:
+        return is_gone(trial.user_attrs[PROCESS_KEY])
+    begun = trial.datetime_start
+    return begun is not None and datetime.now() - begun > _LONGEST_BEGINNING
 
 
 def is_gone(name: object) -> bool:

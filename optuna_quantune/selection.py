@@ -78,6 +78,9 @@ def select(
         errors = [t.user_attrs["error"] for t in study.get_trials() if "error" in t.user_attrs]
         reason = f"; the last one failed with: {errors[-1]}" if errors else ""
         raise InputError(f"study {study.study_name!r}: no trial was completed{reason}")
+    if len(study.directions) > 1:  # what another trial beats in all of them is not chosen
+        front = {trial.number for trial in study.best_trials}
+        trials = [trial for trial in trials if trial.number in front] or trials
     within = [t for t in trials if all(value <= 0 for value in t.constraints.values())]
     if within:
         bounded = any(DROP_CONSTRAINT in trial.constraints for trial in within)

@@ -33,16 +33,17 @@ from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import Direction
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
-from optuna_quantune.process import is_gone
-from optuna_quantune.process import PROCESS_KEY
+from optuna_quantune.process import is_abandoned
 from optuna_quantune.search.pruner import DEFAULT_INDIFFERENCE
 from optuna_quantune.search.pruner import RacingPruner
+from optuna_quantune.search.sampler import QuantuneSampler
 
 
 FINISHED: Final = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -140,13 +141,21 @@ def _open_storage(storage: str) -> BaseStorage:
         # A trial whose process died is found by its missing heartbeat and run again. Both are
         # marked experimental: their interface may change, their function is old.
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            return RDBStorage(
-                storage,
-                heartbeat_interval=60,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
-            )
+            try:
+                return _database(storage)
+            except OperationalError:  # perhaps another process is just making its tables
+                time.sleep(_POLL_SECONDS)
+                return _database(storage)
     except (ImportError, OSError, ValueError, SQLAlchemyError) as error:
         raise InputError(f"storage {storage}: cannot be opened ({_first_line(error)})") from error
+
+
+def _database(url: str) -> RDBStorage:
+    return RDBStorage(
+        url,
+        heartbeat_interval=60,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+    )
 
 
 def _check_journal(path: Path) -> None:
@@ -157,6 +166,9 @@ def _check_journal(path: Path) -> None:
     """
     if not path.is_file() or not path.stat().st_size:
         return
+    with path.open("rb") as file:
+        if file.read(1) != b"{":
+            raise InputError(f"storage {path}: is a file, and no journal of Optuna")
     deadline = time.monotonic() + _LONGEST_WRITE
     while not (is_whole := _ends_in_a_line(path)) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)  # another process may just be writing it
@@ -252,6 +264,8 @@ def optimize(
     if timeout is not None and timeout <= 0:
         # Preparation took all the time: one trial, so that there is a model to write.
         n_trials, timeout = 1, None
+    if _is_exhausted(study):
+        return False
     missing = None if n_trials is None else n_trials - _begun(trials, begin)
     if missing is not None and missing <= 0:
         return False
@@ -269,11 +283,21 @@ def optimize(
             callbacks=[*callbacks, stop_when_enough],
             catch=(TrialFailure,),
         )
+        _is_exhausted(study)
         if wait:
             _wait_for_others(study, begin)
     except KeyboardInterrupt:
         return True
     return False
+
+
+def _is_exhausted(study: optuna.Study) -> bool:
+    """Whether there is nothing left to try, which is told."""
+    sampler = study.sampler
+    if not isinstance(sampler, QuantuneSampler) or not sampler.is_exhausted(study):
+        return False
+    _logger.info(f"Study {study.study_name!r}: all configurations of the space have been tried.")
+    return True
 
 
 def _wait_for_others(study: optuna.Study, since: datetime) -> None:
@@ -313,7 +337,7 @@ def default_pruner(objective: QuantizationObjective) -> RacingPruner:
 def _fail_abandoned(study: optuna.Study) -> None:
     """Ends trials whose process died on this machine: journals never find out."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_gone(trial.user_attrs.get(PROCESS_KEY)):
+        if is_abandoned(trial):
             with contextlib.suppress(UpdateFinishedTrialError):  # another process was faster
                 study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 

@@ -313,9 +313,18 @@ def tune(
     trial, kept, quantized, latency = _chosen(study, objective, prefer)
     data = quantized.proto.SerializeToString()
     path = None if output is None else write_model(quantized.proto, output)
-    all_inputs, unseen = compare_with_float(
-        objective, path or data, evaluation, reference, held_out
-    )
+    try:
+        all_inputs, unseen = compare_with_float(
+            objective, path or data, evaluation, reference, held_out
+        )
+    except InputError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        written = "" if path is None else f"; the model was written to {path} all the same"
+        raise InputError(
+            f"metric {objective.metric!r}: fails for the model of trial {trial.number} on all "
+            f"inputs: {type(error).__name__}: {error}{written}"
+        ) from error
     result = TuningResult(
         study=study,
         trial=trial,
@@ -399,13 +408,12 @@ def _missed(
     size = int(attributes["size_bytes"])
     if not kept:
         outcome = objective.outcome(metric_value(trial), attributes["latency_ratio"], size)
-        return objective.goals.missed(outcome)
+        return objective.goals.missed(outcome, when="in its trial ")
     drop = 0.0
     if comparison.difference is not None:
         difference, sign = comparison.difference, objective.chosen_metric.sign
         drop = min(-sign * difference.low, -sign * difference.high)
     at_best = Outcome(metric_value(trial), drop, latency.low, size)
-    return tuple(
-        f"measured again, even at the favourable end of its interval, {sentence}"
-        for sentence in objective.goals.missed(at_best)
+    return objective.goals.missed(
+        at_best, when="measured again, even at the favourable end of its interval, "
     )

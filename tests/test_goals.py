@@ -145,7 +145,7 @@ def test_a_bound_that_no_trial_keeps_gives_the_nearest_and_says_so(run, tmp_path
     latencies = [trial.user_attrs["latency_ratio"] for trial in result.study.trials]
     assert result.trial.user_attrs["latency_ratio"] == min(latencies)
     goal, best, *_ = result.remarks
-    assert "Goal not met: its latency is" in goal
+    assert "Goal not met: in its trial its latency is" in goal
     assert "more than 0.01x" in goal
     assert "best model so far" in best
 

@@ -322,7 +322,8 @@ def test_a_label_that_no_class_has_is_found_before_the_search(  # type: ignore[n
     assert selecting is not None
     truth[others[0] if held_out else selecting.positions[0]] = 10
     trials: list[optuna.trial.FrozenTrial] = []
-    with pytest.raises(InputError, match="label 10"):
+    number = others[0] if held_out else selecting.positions[0]
+    with pytest.raises(InputError, match=f"label 10 of input {'' if held_out else number}"):
         run(
             evaluation=ArrayInputs(inputs, labels=truth),
             callbacks=[lambda study, trial: trials.append(trial)],
@@ -350,3 +351,35 @@ def test_a_sampler_whose_package_is_missing_is_refused_at_once(  # type: ignore[
     monkeypatch.setattr("optuna_quantune.chosen_sampler.find_spec", lambda name: None)
     with pytest.raises(InputError, match="'GPSampler': needs the package 'torch'"):
         run(sampler="GPSampler")
+
+
+def test_a_metric_that_fails_for_the_final_model_is_one_error_and_the_model_is_there(  # type: ignore[no-untyped-def]
+    run, toy_inputs: NDArray[np.float32], tmp_path: Path
+) -> None:
+    many = np.concatenate([toy_inputs] * 5)
+
+    def fails_on_all(outputs: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+        if len(outputs) == 400:
+            raise ValueError("too many")
+        return -float(np.abs(outputs - reference).mean())
+
+    with pytest.raises(InputError, match="fails for the model of trial .* was written to .*int8"):
+        run(evaluation=many, metric=fails_on_all, n_trials=2, output=tmp_path / "int8.onnx")
+    assert (tmp_path / "int8.onnx").is_file()
+
+
+def test_of_several_objectives_what_is_chosen_is_on_the_front(run) -> None:  # type: ignore[no-untyped-def]
+    result = run(objectives=["accuracy", "latency", "size"], n_trials=8)
+    assert result.trial.number in {trial.number for trial in result.pareto}
+
+
+def test_an_exhausted_search_says_so_and_makes_no_further_trials(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="optuna_quantune")
+    space = SearchSpace({"granularity": ["tensor", "channel"]})
+    place = {"storage": str(tmp_path / "trials.log"), "space": space, "study_name": "mine"}
+    for n_trials in (5, 7):
+        caplog.clear()
+        assert len(run(**place, n_trials=n_trials).study.trials) == 2
+        assert "all configurations of the space have been tried" in caplog.text

@@ -152,7 +152,9 @@ class Evaluator:
                     f"{TOP5} highest; take top1"
                 )
             if self._inputs.labels is not None:
-                check_label_range(self._inputs.labels, classes=classes)
+                check_label_range(
+                    self._inputs.labels, classes=classes, positions=self._inputs.positions
+                )
 
     @cached_property
     def float_evaluation(self) -> Evaluation:

@@ -104,12 +104,15 @@ def label_array(labels: ArrayLike, *, inputs: int) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def check_label_range(labels: NDArray[np.int64], *, classes: int) -> None:
+def check_label_range(
+    labels: NDArray[np.int64], *, classes: int, positions: NDArray[np.int64] | None = None
+) -> None:
     """Check that every label is a class of the model.
 
     Args:
         labels: Class indices of shape (n,).
         classes: How many classes the model's output has.
+        positions: Where the inputs stand in what the user gave, shape (n,); None if as here.
 
     Raises:
         InputError: A label is below 0 or not below ``classes``.
@@ -124,7 +127,8 @@ def check_label_range(labels: NDArray[np.int64], *, classes: int) -> None:
         if labels.max() == classes and labels.min() >= 0
         else ""
     )
+    number = first if positions is None else int(positions[first])
     raise InputError(
-        f"label {labels[first]} of input {first} is not one of the model's {classes} classes "
+        f"label {labels[first]} of input {number} is not one of the model's {classes} classes "
         f"(0 to {classes - 1}), {int(outside.sum())} such labels in all{hint}"
     )

@@ -184,7 +184,7 @@ def load_float_model(path: str | Path) -> FloatModel:
     if not path.is_file():
         raise InputError(f"model {path}: no such file")
     try:
-        source = onnx.load(path, load_external_data=False)
+        source = onnx.load(path, format="protobuf", load_external_data=False)
         file_bytes = path.stat().st_size + _external_bytes(source, path.parent)
         onnx.load_external_data_for_model(source, str(path.parent))
         _refuse_other_types(source, path)

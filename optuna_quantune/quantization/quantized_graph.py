@@ -30,7 +30,7 @@ _INTEGER_OPS: Final = {"QLinearConv": (8, 6), "QGemm": (6, 7), "QLinearMatMul": 
 def load_quantized(path: str | Path) -> onnx.ModelProto | None:
     """Reads a model that has quantized tensors; anything else gives None."""
     try:
-        proto = onnx.load(path)
+        proto = onnx.load(path, format="protobuf")
     except (DecodeError, OSError, ValueError):
         return None
     return None if quantized_node(proto) is None else proto

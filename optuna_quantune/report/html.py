@@ -29,8 +29,7 @@ from optuna.trial import TrialState
 from optuna_quantune.errors import InputError
 from optuna_quantune.output_file import check_folder
 from optuna_quantune.output_file import write_whole
-from optuna_quantune.process import is_gone
-from optuna_quantune.process import PROCESS_KEY
+from optuna_quantune.process import is_abandoned
 from optuna_quantune.report.contents import Contents
 from optuna_quantune.report.figures import report_figures
 from optuna_quantune.report.figures import ReportFigure
@@ -179,8 +178,7 @@ def _model_name(contents: Contents) -> str:
 
 def _result(contents: Contents) -> Html:
     running = sum(
-        trial.state == TrialState.RUNNING and not is_gone(trial.user_attrs.get(PROCESS_KEY))
-        for trial in contents.trials
+        trial.state == TrialState.RUNNING and not is_abandoned(trial) for trial in contents.trials
     )
     remarks = [f"The search goes on: trials still running: {running}."] if running else []
     if contents.summary is None:

@@ -17,6 +17,7 @@ from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.placement import place
+from optuna_quantune.quantization.quantized_graph import load_quantized
 from optuna_quantune.quantization.quantizer import Quantizer
 from optuna_quantune.quantization.quantizer import required_activations
 
@@ -271,3 +272,11 @@ def save_graph(
     path = folder / "model.onnx"
     onnx.save(model, path)
     return path
+
+
+def test_a_model_is_read_as_one_whatever_its_name_says(tmp_path: Path) -> None:
+    for name in ("recipe.json", "model.textproto"):
+        (tmp_path / name).write_text('{"mean": [0]}')
+        with pytest.raises(InputError, match=f"{name}: not a valid ONNX file"):
+            load_float_model(tmp_path / name)
+        assert load_quantized(tmp_path / name) is None

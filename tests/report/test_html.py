@@ -17,6 +17,8 @@ from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.process import PROCESS_KEY
+from optuna_quantune.process import this_process
 from optuna_quantune.report.html import write_report
 from optuna_quantune.tuning import tune
 from tests.report.studies import make_study
@@ -243,8 +245,14 @@ def test_scripts_carry_a_number_that_is_another_one_in_each_report(
 def test_a_study_without_a_result_shows_the_best_so_far(tmp_path: Path) -> None:
     running = make_trial(state=TrialState.RUNNING)
     running.datetime_start = make_trial(0.1).datetime_start
+    running.set_user_attr(PROCESS_KEY, this_process())
+    never_began = make_trial(state=TrialState.RUNNING)
+    never_began.datetime_start = running.datetime_start
     study = make_study(
-        measured(0.7, 0.6, 20.0), measured(0.75, 0.5, 21.0, params={"scheme": "power2"}), running
+        measured(0.7, 0.6, 20.0),
+        measured(0.75, 0.5, 21.0, params={"scheme": "power2"}),
+        running,
+        never_began,
     )
     page = report(study, tmp_path)
     assert "Best so far" in page.text
