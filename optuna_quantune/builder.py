@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,7 @@ class Builder:
             except NotFiniteError as error:
                 first = first or error
                 around = _around(model, error.tensors)
-                kept = keep_float(placement, model, around)
+                kept = _always_kept(placement, model, around)
                 unchanged = len(kept.activations) == len(placement.activations)
                 if wrong := _without_excuse(model, error):
                     raise NotFiniteError(wrong) from None
@@ -238,7 +239,7 @@ class Builder:
             if tensors := list(masked(model.proto.graph, statistics)):
                 around = _around(model, tensors)
                 self._warn_of_mask(tensors, "far apart", around)
-                placement = keep_float(placement, model, around)
+                placement = _always_kept(placement, model, around)
             return placement, statistics
 
     def _warn_of_mask(self, tensors: Sequence[str], what: str, around: Sequence[str]) -> None:
@@ -281,6 +282,12 @@ def _around(model: FloatModel, tensors: Sequence[str]) -> list[str]:
     """Names of the nodes around some tensors."""
     nodes = (node for tensor in tensors for node in nodes_around(model.proto.graph, tensor))
     return list(dict.fromkeys(node.name for node in nodes))
+
+
+def _always_kept(placement: Placement, model: FloatModel, nodes: Sequence[str]) -> Placement:
+    """A placement in which nodes stay in float whatever else does."""
+    kept = keep_float(placement, model, nodes)
+    return replace(kept, always_float=kept.always_float.union(nodes))
 
 
 def _without_excuse(model: FloatModel, error: NotFiniteError) -> Sequence[str]:

@@ -598,7 +598,8 @@ def joins_outputs(node: onnx.NodeProto, view: GraphView) -> bool:
     def leaves(tensor: str) -> bool:
         readers = view.readers.get(tensor, [])
         return bool(readers or tensor in view.outputs) and all(
-            reader.op_type in MOVING_OPS and leaves(reader.output[0]) for reader in readers
+            reader.op_type in (*MOVING_OPS, "Concat") and leaves(reader.output[0])
+            for reader in readers
         )
 
     return node.op_type == "Concat" and leaves(node.output[0])

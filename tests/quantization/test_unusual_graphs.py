@@ -533,6 +533,26 @@ def test_what_many_masks_do_is_one_warning(
     assert "'s0', 's1', 's2', 's3' and 2 more" in message
 
 
+@pytest.mark.parametrize("lowest", [-3.4e38, -1e9])
+def test_masks_stay_in_float_beside_float_layers(tmp_path: Path, lowest: float) -> None:
+    """A bias and a mask that are summed first, as in T5, and layers that stay in float then."""
+    nodes, constants = far_masked(lowest)()
+    nodes[-3:-2] = [
+        make("Add", ["mask", "bias"], ["both"], "both"),
+        make("Add", ["a", "both"], ["s"], "add"),
+    ]
+    constants |= weights(bias=(1, 1, SIZE, SIZE))
+    path = save(nodes, constants, tmp_path / "model.onnx")
+    builder = builder_of(path, "cpu")
+    found = []
+    for float_layers in range(1 + len(builder.float_order(equalized=False))):
+        config = QuantizationConfig(calibration_images="all", float_layers=float_layers)
+        data = builder.quantize(config).proto.SerializeToString()
+        found.append(decibels(outputs(data), outputs(path)))
+    assert len(found) > 1
+    assert np.all(np.diff(found) > -0.5)
+
+
 def test_a_softmax_of_an_old_opset_takes_what_is_masked(tmp_path: Path) -> None:
     """ONNX's converter flattens before it: what is infinite is only moved on the way."""
     nodes, constants = masked()
@@ -594,7 +614,8 @@ def test_parts_that_leave_together_have_steps_of_their_own(tmp_path: Path) -> No
         make("Sigmoid", ["l"], ["s"], "scores"),
         make("Mul", ["b", "stride"], ["d"], "stride"),
         make("Concat", ["d", "s"], ["j"], "join", axis=1),
-        make("Transpose", ["j"], ["y"], "turn", perm=[0, 2, 3, 1]),
+        make("Transpose", ["j"], ["t"], "turn", perm=[0, 2, 3, 1]),
+        make("Concat", ["t", "t"], ["y"], "levels", axis=1),
     ]
     constants = weights(w=(4, 3, 1, 1), v=(6, 3, 1, 1)) | {"stride": np.full(1, 200.0, np.float32)}
     path = save(nodes, constants, tmp_path / "model.onnx")
