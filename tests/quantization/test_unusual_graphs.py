@@ -533,16 +533,24 @@ def test_what_many_masks_do_is_one_warning(
     assert "'s0', 's1', 's2', 's3' and 2 more" in message
 
 
-@pytest.mark.parametrize("lowest", [-3.4e38, -1e9])
+@pytest.mark.parametrize("lowest", [-np.inf, -1e9])
 def test_masks_stay_in_float_beside_float_layers(tmp_path: Path, lowest: float) -> None:
-    """A bias and a mask that are summed first, as in T5, and layers that stay in float then."""
-    nodes, constants = far_masked(lowest)()
-    nodes[-3:-2] = [
-        make("Add", ["mask", "bias"], ["both"], "both"),
+    """A position bias and a mask that are summed first, as in T5."""
+    nodes = [
+        make("MatMul", ["x", "w"], ["a"], "scores"),
+        make("Equal", ["x", "x"], ["all"], "equal"),
+        make("And", ["all", "before"], ["seen"], "and"),
+        make("Where", ["seen", "zero", "lowest"], ["m"], "where"),
+        make("Add", ["m", "bias"], ["both"], "both"),
         make("Add", ["a", "both"], ["s"], "add"),
+        make("Softmax", ["s"], ["p"], "softmax", axis=-1),
+        make("MatMul", ["p", "w2"], ["y"], "last"),
     ]
-    constants |= weights(bias=(1, 1, SIZE, SIZE))
-    path = save(nodes, constants, tmp_path / "model.onnx")
+    constants = weights(w=(SIZE, SIZE), w2=(SIZE, 6), bias=(SIZE, SIZE))
+    constants |= {"zero": np.zeros(1, np.float32), "lowest": np.full(1, lowest, np.float32)}
+    path = save(
+        nodes, constants | {"before": np.tri(SIZE, dtype=np.bool_)}, tmp_path / "model.onnx"
+    )
     builder = builder_of(path, "cpu")
     found = []
     for float_layers in range(1 + len(builder.float_order(equalized=False))):
@@ -550,6 +558,7 @@ def test_masks_stay_in_float_beside_float_layers(tmp_path: Path, lowest: float) 
         data = builder.quantize(config).proto.SerializeToString()
         found.append(decibels(outputs(data), outputs(path)))
     assert len(found) > 1
+    assert min(found) > 30.0
     assert np.all(np.diff(found) > -0.5)
 
 
