@@ -264,8 +264,6 @@ def optimize(
     if timeout is not None and timeout <= 0:
         # Preparation took all the time: one trial, so that there is a model to write.
         n_trials, timeout = 1, None
-    if _is_exhausted(study):
-        return False
     missing = None if n_trials is None else n_trials - _begun(trials, begin)
     if missing is not None and missing <= 0:
         return False
@@ -276,14 +274,15 @@ def optimize(
             study.stop()
 
     try:
-        study.optimize(
-            objective,
-            n_trials=missing,
-            timeout=timeout,
-            callbacks=[*callbacks, stop_when_enough],
-            catch=(TrialFailure,),
-        )
-        _is_exhausted(study)
+        if not _is_exhausted(study):
+            study.optimize(
+                objective,
+                n_trials=missing,
+                timeout=timeout,
+                callbacks=[*callbacks, stop_when_enough],
+                catch=(TrialFailure,),
+            )
+            _is_exhausted(study)
         if wait:
             _wait_for_others(study, begin)
     except KeyboardInterrupt:
@@ -292,7 +291,7 @@ def optimize(
 
 
 def _is_exhausted(study: optuna.Study) -> bool:
-    """Whether there is nothing left to try, which is told."""
+    """Whether there is nothing left to try, and says so then."""
     sampler = study.sampler
     if not isinstance(sampler, QuantuneSampler) or not sampler.is_exhausted(study):
         return False
