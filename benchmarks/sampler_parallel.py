@@ -215,16 +215,16 @@ def section(kind: str, frame: pd.DataFrame) -> list[str]:
 
 def _ratios(mean: pd.DataFrame) -> list[str]:
     """Of four workers' mean to one's, and of one's three trials earlier; by workers and trials."""
-    ratios = {
-        "ratio": [mean.loc[4, b] / mean.loc[1, b] for b in BUDGETS],
-        "of one worker three trials earlier": [
-            mean.loc[1, b - 3] / mean.loc[1, b] for b in BUDGETS
-        ],
+    others = {
+        "ratio": [mean.loc[4, b] for b in BUDGETS],
+        "of one worker three trials earlier": [mean.loc[1, b - 3] for b in BUDGETS],
     }
-    return [
-        f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |"
-        for name, values in ratios.items()
-    ]
+    lines = []
+    for name, regrets in others.items():
+        pairs = zip(regrets, (mean.loc[1, b] for b in BUDGETS), strict=True)
+        cells = [f"{regret / one:.2f}" if one > 0.0 else "-" for regret, one in pairs]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _equal_trials(curve: pd.Series[float], regret: float) -> float:

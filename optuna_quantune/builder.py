@@ -97,7 +97,7 @@ class Builder:
         self._noise_models: dict[bool, NoiseModel] = {}
         self._graphs: dict[bool, PlacedGraph] = {}
         # Activations that the user was told of.
-        self._infinite: set[str] = set()
+        self._masked: set[str] = set()
 
     def prepare(self) -> None:
         """Does what all configurations of the space share."""
@@ -243,12 +243,12 @@ class Builder:
             return placement, statistics
 
     def _warn_of_mask(self, tensors: Sequence[str], what: str, around: Sequence[str]) -> None:
-        if not self._infinite.issuperset(tensors):
+        if not self._masked.issuperset(tensors):
             _logger.warning(
                 f"Values of {_listed(tensors)} are {what} for some calibration input, as behind a "
                 f"mask: {_listed(around)} stay in float."
             )
-            self._infinite.update(tensors)
+            self._masked.update(tensors)
 
     def _noise(self, *, equalized: bool) -> NoiseModel:
         with self._lock:

@@ -353,8 +353,8 @@ def inspect_command(
     Of a quantized MODEL, also one made by another tool, it shows what stands out.
     """
     console = _console()
-    # A mistake in what is not used now is a mistake all the same.
-    chosen, _ = SearchSpace.load(space), get_target(options["target"])
+    chosen = SearchSpace.load(space)
+    get_target(options["target"])  # a mistake in what is not used now is a mistake all the same
     if (quantized := load_quantized(model)) is not None:
         source = None if float_model is None else load_float_model(float_model)
         _print_findings(console, lint_quantized(quantized, float_model=source))

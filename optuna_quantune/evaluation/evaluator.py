@@ -151,10 +151,7 @@ class Evaluator:
                     f"metric 'top5': the model has {classes} classes, which are always among the "
                     f"{TOP5} highest; take top1"
                 )
-            if self._inputs.labels is not None:
-                check_label_range(
-                    self._inputs.labels, classes=classes, positions=self._inputs.positions
-                )
+            _check_labels(self._inputs, classes)
 
     @cached_property
     def float_evaluation(self) -> Evaluation:
@@ -288,6 +285,8 @@ class Evaluator:
             reference: The float model's.
             inputs: What they are the outputs for: the evaluation inputs, or a subset of them.
         """
+        if self._metric.of_classes:
+            _check_labels(inputs, class_scores(next(iter(outputs.values()))).shape[1])
         return self._metric.measure(
             outputs, reference, labels=inputs.labels, indices=inputs.positions
         )
@@ -341,6 +340,12 @@ class Evaluator:
             providers=self._providers,
             exact_products=self._exact_products,
         )
+
+
+def _check_labels(inputs: InputSource, classes: int) -> None:
+    """Refuses labels that no class has, by the number that the user knows the input by."""
+    if inputs.labels is not None:
+        check_label_range(inputs.labels, classes=classes, positions=inputs.positions)
 
 
 def _joined(name: str, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:

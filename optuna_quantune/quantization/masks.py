@@ -31,20 +31,18 @@ def masked(graph: onnx.GraphProto, statistics: CalibrationStatistics) -> Iterato
         statistics: Of its activations. What has none is not rounded.
 
     Yields:
-        What a Softmax reads and, where that was only moved, what it was before. Not what a layer
-        writes: that its products are rounded is no reason to compute them in float.
+        What a Softmax reads, where it was computed. Not what a layer writes: that its products are
+        rounded is no reason to compute them in float.
     """
     view = GraphView(graph)
     for node in graph.node:
         if node.op_type != "Softmax":
             continue
         tensor = node.input[0]
-        moved = [tensor]
         while (writer := view.writers.get(tensor)) is not None and writer.op_type in MOVING_OPS:
             tensor = writer.input[0]
-            moved.append(tensor)
         if writer is None or writer.op_type in WEIGHTED_OPS or tensor not in statistics.segments:
             continue
         histogram = statistics.histogram(tensor, ALL_IMAGES)
         if histogram.maximum - histogram.minimum > _WIDEST:
-            yield from moved
+            yield tensor

@@ -245,7 +245,7 @@ def nodes_around(graph: onnx.GraphProto, tensor: str) -> list[onnx.NodeProto]:
     waiting = [tensor]
     while waiting:
         readers = view.readers.get(waiting.pop(), [])
-        nodes += [node for node in readers if all(node is not other for other in nodes)]
+        nodes += readers
         waiting += [node.output[0] for node in readers if node.op_type in MOVING_OPS]
     return nodes
 
