@@ -1,14 +1,14 @@
-"""Writing a file that was asked for: checked before the work, and never left half written."""
+"""Writing a file that was asked for, checked before the work."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 import onnx
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.whole_file import whole_file
 
 
 def check_writable(path: str | Path, float_model: str | Path) -> None:
@@ -72,7 +72,7 @@ def write_model(model: onnx.ModelProto, path: str | Path) -> Path:
 
 
 def write_whole(data: bytes, path: Path, what: str) -> Path:
-    """Writes a file beside its final name and renames it, so no half file is ever left.
+    """Writes a file, so that no half of it is ever left.
 
     Args:
         data: All of it.
@@ -82,22 +82,9 @@ def write_whole(data: bytes, path: Path, what: str) -> Path:
     Raises:
         InputError: If the file cannot be written.
     """
-    half: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            half = Path(file.name)
+        with whole_file(path) as file:
             file.write(data)
-        half.chmod(0o666 & ~_umask())
-        half.replace(path)
     except OSError as error:
         raise InputError(f"{what} {path}: cannot be written ({error.strerror})") from error
-    finally:
-        if half is not None:
-            half.unlink(missing_ok=True)  # there only if something went wrong
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -23,6 +23,16 @@ def test_a_written_model_is_whole_and_readable_as_other_files_are(
     assert len(modes) == 1
 
 
+def test_a_link_stays_one(tmp_path: Path, toy_model: Path) -> None:
+    path, link = tmp_path / "model.onnx", tmp_path / "newest.onnx"
+    path.write_bytes(b"the old model")
+    link.symlink_to(path.name)
+    model = onnx.load(toy_model)
+    assert write_model(model, link) == link
+    assert link.is_symlink()
+    assert onnx.load(path) == model
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_halfway_leaves_the_old_model_and_nothing_else(
     tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # mean left out), which no threshold can tell from a weaker model.
 _NEAR_CHANCE = 0.1
 _JACKKNIFE_GROUPS = 20
+# Values whose noise is summed at a time.
+_PART = 1 << 18
 # How many of the highest scores count for top-5.
 TOP5 = 5
 
@@ -439,11 +441,16 @@ def _bisect(holds_left: Callable[[float], bool], left: float, right: float) -> f
 
 def _noise_to_signal(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
     _check_same_shape(outputs, reference)
-    signal = np.asarray(reference, np.float64).ravel()
-    known = np.isfinite(signal)  # an input without numbers says nothing of the model
-    signal = signal[known]
-    noise = np.asarray(outputs, np.float64).ravel()[known] - signal
-    noise_power, signal_power = float(noise @ noise), float(signal @ signal)
+    outputs, reference = outputs.ravel(), reference.ravel()
+    noise_power = signal_power = 0.0
+    # Part by part: float64 of all outputs at once can be more than there is memory.
+    for start in range(0, outputs.size, _PART):
+        signal = reference[start : start + _PART].astype(np.float64)
+        known = np.isfinite(signal)  # an input without numbers says nothing of the model
+        signal = signal[known]
+        noise = outputs[start : start + _PART].astype(np.float64)[known] - signal
+        noise_power += float(noise @ noise)
+        signal_power += float(signal @ signal)
     if noise_power == 0:
         return 0.0
     if signal_power == 0 or not math.isfinite(noise_power):

@@ -7,8 +7,6 @@ another version counts as none.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from optuna_quantune.quantization.observation import Bounds
 from optuna_quantune.quantization.statistics import Accumulator
 from optuna_quantune.quantization.statistics import BINS
 from optuna_quantune.quantization.statistics import Counts
+from optuna_quantune.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class StoredCounts:
 
 
 def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCounts) -> None:
-    """Writes a store beside its final name and renames it.
+    """Writes a store, so that no half of it is ever left.
 
     Args:
         path: The file to write; its folder is made.
@@ -57,32 +56,21 @@ def save(path: Path, fingerprint: str, sizes: Sequence[int], stored: StoredCount
     tensors = list(stored.segments)
     flat = [counts for tensor in tensors for counts in stored.segments[tensor]]
     tails = [stored.tails[tensor] for tensor in tensors if stored.tails]
-    half: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp", delete=False
-        ) as file:
-            half = Path(file.name)
-            np.savez_compressed(
-                file,
-                fingerprint=np.array(fingerprint),
-                tensors=np.array(tensors),
-                sizes=np.array(sizes),
-                done=np.array(stored.done),
-                occupied=np.array([counts.bins.size for counts in flat]),
-                bins=np.concatenate([counts.bins for counts in flat]),
-                counts=np.concatenate([counts.counts for counts in flat]),
-                extremes=np.array([(counts.minimum, counts.maximum) for counts in flat]),
-                of_inputs=np.stack([stored.extremes[tensor] for tensor in tensors]),
-                tails=np.array([(b.lower, b.upper) for b in tails], dtype=float).reshape(-1, 2),
-            )
-            file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave the name without content
-        half.replace(path)
-    finally:
-        if half is not None:
-            half.unlink(missing_ok=True)  # does nothing after the renaming
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        np.savez_compressed(
+            file,
+            fingerprint=np.array(fingerprint),
+            tensors=np.array(tensors),
+            sizes=np.array(sizes),
+            done=np.array(stored.done),
+            occupied=np.array([counts.bins.size for counts in flat]),
+            bins=np.concatenate([counts.bins for counts in flat]),
+            counts=np.concatenate([counts.counts for counts in flat]),
+            extremes=np.array([(counts.minimum, counts.maximum) for counts in flat]),
+            of_inputs=np.stack([stored.extremes[tensor] for tensor in tensors]),
+            tails=np.array([(b.lower, b.upper) for b in tails], dtype=float).reshape(-1, 2),
+        )
 
 
 def load(

@@ -538,11 +538,12 @@ def _make_pools_plain(graph: onnx.GraphProto) -> None:
 def _quiet_root_logger() -> Iterator[None]:
     # ONNX Runtime's quantization tools write hints for their own command line to the root logger,
     # and the traceback of an optimization that failed, which they do without.
-    logging.disable(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(max(logging.ERROR, disabled))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def _layers(proto: onnx.ModelProto, initializers: dict[str, onnx.TensorProto]) -> Iterator[Layer]:

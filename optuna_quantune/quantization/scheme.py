@@ -21,6 +21,8 @@ from optuna_quantune.quantization.config import Scheme
 
 # Steps of a weight of zeros: finer than those that 31 bits of a bias of any use ask for.
 _FINE: Final = 2.0**-40
+# Largest integer of a bias; products of 8 bits, 33,000 of them at least, have the rest of int32.
+_LARGEST_BIAS: Final = 2.0**30
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,13 @@ def widen_for_bias(
     input_scale: float,
     scheme: Scheme,
 ) -> QuantizationParameters:
-    """Enlarges weight scales until the bias fits into int32.
+    """Enlarges weight scales until the bias fits into half of int32.
 
     A bias is stored as int32 with the scale ``input_scale * weight_scale``. A channel whose
     weights are tiny beside its bias would overflow; ONNX Runtime enlarges the weight's scale by
     the necessary ratio (``_adjust_weight_scale_for_int32_bias``), and so do we, keeping powers of
-    two.
+    two. The other half is for the products, which integer kernels add to the bias in int32: a sum
+    beyond it would come out with the other sign.
 
     Args:
         weight: Parameters of the weight.
@@ -166,7 +169,7 @@ def widen_for_bias(
     magnitude = np.abs(bias.astype(np.float64))
     if weight.scale.ndim == 0:
         magnitude = magnitude.max(initial=0.0)
-    return widen(weight, 1.0001 * magnitude / np.iinfo(np.int32).max / input_scale, scheme)
+    return widen(weight, magnitude / _LARGEST_BIAS / input_scale, scheme)
 
 
 def widen(

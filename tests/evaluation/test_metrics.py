@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,16 @@ def test_agreement_is_the_share_of_equal_predictions() -> None:
     expected = np.mean(OUTPUTS.argmax(1) == REFERENCE.argmax(1))
     assert 0.5 < expected < 1
     assert agreement(OUTPUTS, REFERENCE) == pytest.approx(expected)
+
+
+def test_noise_of_large_outputs_needs_no_copy_of_them() -> None:
+    reference = np.ones((64, 64, 64, 16), np.float32)
+    outputs = reference + np.float32(0.1)
+    tracemalloc.start()
+    assert sqnr_db(outputs, reference) == pytest.approx(20.0, abs=1e-3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < outputs.nbytes
 
 
 def test_sqnr_is_ten_decibels_for_a_tenth_of_the_power() -> None:

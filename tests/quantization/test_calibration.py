@@ -258,6 +258,15 @@ def test_a_store_damaged_anywhere_gives_the_right_statistics_or_none(
     assert_same(statistics, expected)
 
 
+def test_others_can_read_a_store_as_any_file(
+    model: FloatModel, toy_inputs: NDArray[np.float32], tmp_path: Path
+) -> None:
+    collect(model, Inputs(toy_inputs), tmp_path)
+    (store,) = tmp_path.iterdir()
+    (tmp_path / "other").touch()
+    assert store.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_failed_writing_leaves_no_file_and_costs_nothing_but_the_store(
     model: FloatModel,
     toy_inputs: NDArray[np.float32],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ def test_nodes_without_names_get_unique_ones(tmp_path: Path) -> None:
     names = [layer.name for layer in load_float_model(path).layers]
     assert all(names)
     assert len(set(names)) == 2
+
+
+def test_loading_leaves_logging_as_it_was(toy_model: Path) -> None:
+    logging.disable(logging.CRITICAL)
+    try:
+        load_float_model(toy_model)
+        assert logging.root.manager.disable == logging.CRITICAL
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_outputs_without_a_type_get_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from onnx import numpy_helper
 
+from optuna_quantune.evaluation.metrics import sqnr_db
 from optuna_quantune.quantization import quantizer as quantizer_module
 from optuna_quantune.quantization.calibration import CalibrationStatistics
 from optuna_quantune.quantization.config import Clipping
@@ -260,8 +261,40 @@ def test_a_bias_too_large_for_int32_enlarges_the_scale_of_its_weight(
     error = np.abs(integers * scale.astype(np.float64) - weights["project.bias"])
     assert np.all(error <= 0.5001 * scale)
     # Without the enlargement the third channel would saturate, 1e4 times too small.
-    assert abs(integers[3]) > 2**30
+    assert abs(integers[3]) > 2**29
     assert error[3] < 1e-6
+
+
+def test_sums_of_products_and_a_large_bias_stay_within_int32(
+    tmp_path: Path, make_quantizer: MakeQuantizer, run: Run
+) -> None:
+    """As of a folded normalization whose factor is next to nothing."""
+    rng = np.random.default_rng(0)
+    weight = 0.05 * rng.standard_normal((8, 64, 3, 3))
+    weight[3] = rng.uniform(0.5e-6, 1e-6, (64, 3, 3))
+    bias = 0.1 * rng.standard_normal(8)
+    bias[3] = 2.0
+    constants = {"w": weight, "b": bias, "head": rng.standard_normal((10, 8, 1, 1))}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["input", "w", "b"], ["c"], "conv"),
+            helper.make_node("Relu", ["c"], ["r"], "relu"),
+            helper.make_node("Conv", ["r", "head"], ["y"], "head"),
+        ],
+        "folded",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 64, 8, 8])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 10, 6, 6])],
+        [numpy_helper.from_array(v.astype(np.float32), name) for name, v in constants.items()],
+    )
+    path = tmp_path / "folded.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    inputs = rng.uniform(0.0, 1.0, (32, 64, 8, 8)).astype(np.float32)
+    quantizer = make_quantizer(load_float_model(path), inputs)
+    reference = run(quantizer.model.proto, inputs)
+    for granularity in get_args(Granularity):
+        proto = quantizer.quantize(QuantizationConfig(granularity=granularity)).proto
+        assert sqnr_db(run(proto, inputs), reference) > 35.0
 
 
 def test_a_float_bias_enlarges_it_too(
