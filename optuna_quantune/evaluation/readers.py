@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ import numpy as np
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.labels import label_array
+from optuna_quantune.evaluation.memory import cache_size
 from optuna_quantune.evaluation.source import chunks
 from optuna_quantune.evaluation.source import describe_inputs
 from optuna_quantune.evaluation.source import digest_arrays
@@ -44,29 +46,38 @@ class DataReader(Protocol):
 class ReaderInputs(InputSource):
     """Inputs from ONNX Runtime calibration data readers.
 
-    What a reader gives is read anew at every pass and not kept, except for a reader that can be
-    read only once. The first pass is made at once: it counts the inputs and takes their shapes
-    and digests.
+    The first pass is made at once: it counts the inputs, takes their shapes and digests, and keeps
+    the first ones in memory. What finds no room is read anew at every pass that needs it.
 
     Args:
         reader: Something that gives a fresh reader when called (a class, a function), or a
             reader. A reader with ``rewind()`` is rewound for every pass, so that only one pass
-            can be under way; one without is read once into memory.
+            can be under way; all inputs of one without are kept.
         labels: Class indices of shape (n,), or None. Where the reader gives batches, there is one
             for each input of a batch.
+        cache_bytes: Inputs kept in memory, in bytes; None is a quarter of the memory that is free
+            now.
 
     Raises:
         InputError: The reader gives nothing, something else than arrays by name with one batch
-            axis, or other inputs than before.
+            axis, or, at a later pass, other inputs than at first.
     """
 
     def __init__(
-        self, reader: DataReader | Callable[[], DataReader], labels: ArrayLike | None = None
+        self,
+        reader: DataReader | Callable[[], DataReader],
+        labels: ArrayLike | None = None,
+        *,
+        cache_bytes: int | None = None,
     ) -> None:
         self._name = getattr(reader, "__name__", type(reader).__name__)
-        self._feeds, self._one_pass_at_a_time = _feeds(reader)
+        self._feeds, self._passes_share = _feeds(reader)
+        room: float = cache_size() if cache_bytes is None else cache_bytes
+        if self._passes_share and not hasattr(reader, "rewind"):
+            room = math.inf
         self._passes = 0
         self._digests: list[bytes] = []
+        self._kept: list[dict[str, NDArray[Any]]] = []
         first: dict[str, NDArray[Any]] | None = None
         shapes: dict[str, list[int | None]] = {}
         for row in self._rows():
@@ -75,6 +86,9 @@ class ReaderInputs(InputSource):
                 shapes = {name: list(array.shape) for name, array in row.items()}
             self._merge_shapes(shapes, first, row)
             self._digests.append(digest_arrays(row.values()))
+            room -= sum(array.nbytes for array in row.values())
+            if room >= 0:
+                self._kept.append(row)
         if first is None:
             raise InputError(f"{self}: gives no inputs (get_next() returned None at once)")
         self._specs = tuple(
@@ -151,7 +165,7 @@ class ReaderInputs(InputSource):
         self._passes += 1
         this_pass = self._passes
         for feed in self._feeds():
-            if self._one_pass_at_a_time and this_pass != self._passes:
+            if self._passes_share and this_pass != self._passes:
                 raise InputError(
                     f"{self}: two passes at the same time through one reader; give a function "
                     "that makes a fresh reader"
@@ -168,10 +182,13 @@ class ReaderInputs(InputSource):
                 yield {name: array[index].copy() for name, array in arrays.items()}
 
     def _in_order(self, order: Sequence[int]) -> Iterator[dict[str, NDArray[Any]]]:
-        uses = Counter(order)
+        uses = Counter(index for index in order if index >= len(self._kept))
         held: dict[int, dict[str, NDArray[Any]]] = {}
         rows = enumerate(self._rows())
         for index in order:
+            if index < len(self._kept):
+                yield self._kept[index]
+                continue
             while index not in held:
                 position, row = next(rows, (None, None))
                 if position is None or row is None:
@@ -180,15 +197,23 @@ class ReaderInputs(InputSource):
                         "give the same"
                     )
                 if position in uses:
+                    self._check_same(position, row)
                     held[position] = row
             uses[index] -= 1
             yield held[index] if uses[index] else held.pop(index)
+
+    def _check_same(self, position: int, row: dict[str, NDArray[Any]]) -> None:
+        if digest_arrays(row.values()) != self._digests[position]:
+            raise InputError(
+                f"{self}: input {position} is another than at first; every pass must give the "
+                "same inputs in the same order, without shuffling or augmentation"
+            )
 
 
 def _feeds(
     reader: DataReader | Callable[[], DataReader],
 ) -> tuple[Callable[[], Iterable[Feed]], bool]:
-    """Give a function that begins a pass, and whether passes share the reader's position."""
+    """Give a function that begins a pass, and whether passes share a reader and its position."""
     # A reader class has get_next too, and is a factory; an instance that has it is a reader.
     if isinstance(reader, type) or not hasattr(reader, "get_next"):
         fresh = cast("Callable[[], DataReader]", reader)
@@ -200,8 +225,7 @@ def _feeds(
             return _drained(reader)
 
         return rewound, True
-    kept = [{name: np.array(array) for name, array in feed.items()} for feed in _drained(reader)]
-    return lambda: kept, False
+    return lambda: _drained(reader), True
 
 
 def _drained(reader: object) -> Iterator[Feed]:
@@ -210,10 +234,12 @@ def _drained(reader: object) -> Iterator[Feed]:
             f"cannot take inputs from a {type(reader).__name__}: it has no get_next(), as "
             "calibration data readers have"
         )
-    while feed := reader.get_next():
+    while (feed := reader.get_next()) is not None:
         if not isinstance(feed, Mapping):
             raise InputError(
                 f"calibration data reader {type(reader).__name__}: get_next() gave a "
                 f"{type(feed).__name__}, not arrays by input name"
             )
+        if not feed:  # the end, as ONNX Runtime takes it
+            return
         yield feed

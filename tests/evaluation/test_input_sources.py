@@ -216,7 +216,7 @@ def test_preprocessing_is_for_uint8_images_and_uint8_images_need_it() -> None:
 
 def test_a_factory_is_streamed_and_makes_a_fresh_reader_for_every_pass() -> None:
     Reader.begun = 0
-    source = ReaderInputs(lambda: Reader(X, (7,)))
+    source = ReaderInputs(lambda: Reader(X, (7,)), cache_bytes=0)
     assert Reader.begun == 1
     list(source.batches(2))
     list(source.batches(2))
@@ -231,11 +231,11 @@ def _fixed_init(self: Reader) -> None:
 
 
 def test_two_passes_at_once_need_a_factory() -> None:
-    factory = ReaderInputs(lambda: Reader(X, (1,) * 7))
+    factory = ReaderInputs(lambda: Reader(X, (1,) * 7), cache_bytes=0)
     one, two = factory.batches(1), factory.batches(1)
     assert np.array_equal(next(one)["x"], next(two)["x"])
     assert np.array_equal(next(one)["x"], X[[1]])
-    shared = ReaderInputs(Reader(X, (1,) * 7))
+    shared = ReaderInputs(Reader(X, (1,) * 7), cache_bytes=0)
     one, two = shared.batches(1), shared.batches(1)
     next(one)
     next(two)
@@ -288,6 +288,7 @@ def test_the_fingerprint_tells_shapes_of_the_same_bytes_apart() -> None:
     [
         ([], "gives no inputs"),
         ([[1, 2]], "get_next.. gave a list"),
+        ([X], "get_next.. gave a ndarray"),
         ([{"x": X, "y": X[:2]}], "same batch axis"),
         ([{"x": np.float32(1)}], "same batch axis"),
         ([{"x": X}, {"y": X}], "gives the inputs y after x"),
@@ -308,9 +309,30 @@ def test_a_reader_that_gives_nonsense_is_an_error(feeds: list[Any], message: str
 
 def test_a_factory_that_gives_fewer_inputs_than_at_first_is_an_error() -> None:
     portions = iter([(7,), (2,)])
-    source = ReaderInputs(lambda: Reader(X, next(portions)))
+    source = ReaderInputs(lambda: Reader(X, next(portions)), cache_bytes=0)
     with pytest.raises(InputError, match="gave 7 inputs at first and fewer now"):
         list(source.batches(7))
+
+
+def test_a_factory_that_shuffles_is_an_error_where_inputs_are_not_kept() -> None:
+    orders = iter([X, X, X[[0, 1, 2, 3, 4, 6, 5]], X])
+    source = ReaderInputs(lambda: Reader(next(orders), (7,)), cache_bytes=3 * 2 * X[0].nbytes)
+    assert np.array_equal(next(source.batches(7))["x"], X)
+    with pytest.raises(InputError, match="input 5 is another than at first; .* shuffling"):
+        list(source.batches(7))
+    assert len(list(source.batches(1, np.array([4, 0, 2])))) == 3
+
+
+def test_what_is_kept_needs_no_pass() -> None:
+    Reader.begun = 0
+    source = ReaderInputs(lambda: Reader(X, (2, 5)), cache_bytes=4 * 2 * X[0].nbytes)
+    for order in ([3, 0, 2], [1, 1]):
+        (batch,) = source.batches(3, np.array(order))
+        assert np.array_equal(batch["x"], X[order])
+    assert Reader.begun == 1
+    (batch,) = source.batches(7)
+    assert np.array_equal(batch["y"], X * 2)
+    assert Reader.begun == 2
 
 
 def test_as_input_source_takes_every_kind(tmp_path: Path) -> None:

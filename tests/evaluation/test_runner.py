@@ -107,7 +107,7 @@ def test_a_caller_can_stop_early() -> None:
             read.append(len(read))
             return {"input": X[:1]} if len(read) <= 1000 else None
 
-    source = ReaderInputs(Reader)
+    source = ReaderInputs(Reader, cache_bytes=0)
     threads = threading.active_count()
     batches = iterate(make_session(linear_model()), source, batch_size=2)
     indices, outputs = next(batches)
