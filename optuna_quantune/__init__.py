@@ -19,6 +19,7 @@ from optuna_quantune.search.sampler import QuantuneSampler
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.space import SearchSpace
 from optuna_quantune.target import Target
+from optuna_quantune.tuning import ResultInterrupted
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
 from optuna_quantune.worker import work
@@ -38,6 +39,7 @@ __all__ = [
     "QuantuneSampler",
     "RacingPruner",
     "ReaderInputs",
+    "ResultInterrupted",
     "SearchSpace",
     "SourceStudy",
     "Target",

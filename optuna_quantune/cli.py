@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import sys
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ from optuna_quantune.studies import FINISHED
 from optuna_quantune.studies import load_study
 from optuna_quantune.target import get_target
 from optuna_quantune.target import Target
+from optuna_quantune.tuning import ResultInterrupted
 from optuna_quantune.tuning import tune
 from optuna_quantune.tuning import TuningResult
 from optuna_quantune.worker import work
@@ -408,23 +410,27 @@ def _tune(
     console = _console()
     if report is not None:
         check_report(report)
-    with _progress() as progress:
-        total = options["n_trials"]
+    try:
+        with _progress() as progress:
+            total = options["n_trials"]
 
-        def show(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            progress.console.print(trial_line(trial), highlight=False)
-            progress("trials", min(trial.number + 1, total), total)
+            def show(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+                progress.console.print(trial_line(trial), highlight=False)
+                progress("trials", min(trial.number + 1, total), total)
 
-        result = tune(
-            model,
-            calibration=calibration,
-            evaluation=evaluation,
-            objectives=[name.strip() for name in objectives.split(",")],  # type: ignore[misc]
-            providers=[read_provider(text) for text in providers] or None,
-            progress=progress,
-            callbacks=[show],
-            **options,
-        )
+            result = tune(
+                model,
+                calibration=calibration,
+                evaluation=evaluation,
+                objectives=[name.strip() for name in objectives.split(",")],  # type: ignore[misc]
+                providers=[read_provider(text) for text in providers] or None,
+                progress=progress,
+                callbacks=[show],
+                **options,
+            )
+    except ResultInterrupted as stop:
+        _print_interrupted(console, stop, options["storage"], report)
+        raise
     if options["storage"] is not None:
         note_result(result.study, result.summary)
     _print_result(console, result)
@@ -444,6 +450,25 @@ def _print_result(console: Console, result: TuningResult) -> None:
     for line in result.remarks:
         console.print(line, highlight=False, style="bold")
     console.print(f"Wrote {result.path} after {result.seconds:.0f} s.", highlight=False)
+
+
+def _print_interrupted(
+    console: Console, stop: ResultInterrupted, storage: str | None, report: str | None
+) -> None:
+    """What there is when the search has ended and its result was not measured."""
+    console.print(trials_table(stop.study.get_trials(deepcopy=False), stop.metric))
+    if report is not None:
+        console.print(f"Wrote {write_report(stop.study, report)}.", highlight=False)
+    lines = ["Interrupted after the search: its result was not measured."]
+    if stop.path is not None:
+        lines.append(f"The chosen model was written to {stop.path}.")
+    if storage is not None:
+        place = ["--storage", storage, "--study-name", stop.study.study_name]
+        command = shlex.join(["optuna-quantune", "report", *place, "--output", "report.html"])
+        lines.append(
+            f"The same command again goes on from here; a report of the trials: {command}"
+        )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _print_findings(console: Console, findings: Sequence[Finding]) -> None:

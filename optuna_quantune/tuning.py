@@ -151,6 +151,22 @@ class TuningResult:
         )
 
 
+class ResultInterrupted(KeyboardInterrupt):
+    """Ctrl-C when the search had ended, while its result was measured.
+
+    Attributes:
+        study: The study, with every trial.
+        metric: What was measured.
+        path: The model that was written; None if there is none yet.
+    """
+
+    def __init__(self, study: optuna.Study, metric: ChosenMetric, path: Path | None) -> None:
+        super().__init__()
+        self.study = study
+        self.metric = metric
+        self.path = path
+
+
 def tune(
     model: str | Path,
     *,
@@ -250,6 +266,7 @@ def tune(
 
     Raises:
         InputError: If an argument cannot be used, or no trial succeeded.
+        ResultInterrupted: If Ctrl-C comes when the search has ended, while the result is measured.
     """
     start = time.perf_counter()
     check_budget(n_trials, timeout)
@@ -310,21 +327,25 @@ def tune(
         )
     left = None if timeout is None else timeout - (time.perf_counter() - start)
     interrupted = optimize(study, objective, n_trials, left, callbacks, wait=True)
-    trial, kept, quantized, latency = _chosen(study, objective, prefer)
-    data = quantized.proto.SerializeToString()
-    path = None if output is None else write_model(quantized.proto, output)
+    path: Path | None = None
     try:
-        all_inputs, unseen = compare_with_float(
-            objective, path or data, evaluation, reference, held_out
-        )
-    except InputError:
-        raise
-    except Exception as error:  # whatever a user's function raises
-        written = "" if path is None else f"; the model was written to {path} all the same"
-        raise InputError(
-            f"metric {objective.metric!r}: fails for the model of trial {trial.number} on all "
-            f"inputs: {type(error).__name__}: {error}{written}"
-        ) from error
+        trial, kept, quantized, latency = _chosen(study, objective, prefer)
+        data = quantized.proto.SerializeToString()
+        path = None if output is None else write_model(quantized.proto, output)
+        try:
+            all_inputs, unseen = compare_with_float(
+                objective, path or data, evaluation, reference, held_out
+            )
+        except InputError:
+            raise
+        except Exception as error:  # whatever a user's function raises
+            written = "" if path is None else f"; the model was written to {path} all the same"
+            raise InputError(
+                f"metric {objective.metric!r}: fails for the model of trial {trial.number} on all "
+                f"inputs: {type(error).__name__}: {error}{written}"
+            ) from error
+    except KeyboardInterrupt as stop:
+        raise ResultInterrupted(study, objective.chosen_metric, path) from stop
     result = TuningResult(
         study=study,
         trial=trial,

@@ -389,6 +389,38 @@ def test_ctrl_c_in_a_trial_and_a_trial_that_fails_are_no_tracebacks(
     assert "Traceback" not in printed.err
 
 
+def test_ctrl_c_after_the_last_trial_leaves_the_trials_the_model_and_how_to_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "stopping_late.py").write_text(
+        "import itertools\n"
+        "calls = itertools.count()\n"
+        "def value(session):\n"
+        "    if next(calls) == 3:  # after the float model and two trials\n"
+        "        raise KeyboardInterrupt\n"
+        "    return 0.75\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    arguments = (
+        "tune",
+        "model.onnx",
+        "--calibration",
+        "images",
+        "--evaluate",
+        "stopping_late:value",
+    )
+    storage = ("--storage", "sqlite:///kept.db", "--study-name", "toy", "--n-trials", "2")
+    recipe = ("--preprocessing", "recipe.json", "--report", "report.html")
+    assert call(folder, *arguments, *storage, *recipe, monkeypatch=monkeypatch) == 130
+    printed = capsys.readouterr().out
+    assert printed.count("0.7500") == 2
+    assert "not measured" in printed
+    assert "report --storage sqlite:///kept.db --study-name toy" in printed
+    assert "model.int8.onnx" in printed
+    onnx.checker.check_model(onnx.load(folder / "model.int8.onnx"))
+    assert "Best so far" in (folder / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
