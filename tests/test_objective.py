@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.dataset import ArrayFile
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.goals import DROP_CONSTRAINT
 from optuna_quantune.objective import QuantizationObjective
@@ -274,6 +275,38 @@ def test_outputs_that_are_no_numbers_are_named(
     one[5] = np.nan
     float_evaluation(one)
     assert f"for 1 of {len(one)} evaluation inputs, first for number 5" in caplog.text
+
+
+def test_an_input_that_is_no_number_is_named_also_where_the_model_makes_one_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        imputing (float[N, 4] x) => (float[N, 3] scores) {
+            is_missing = IsNaN(x)
+            whole = Where(is_missing, mean, x)
+            scores = MatMul(whole, w)
+        }"""
+    )
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((4, 3)).astype(np.float32)
+    for name, values in (("w", weight), ("mean", np.float32(0.5))):
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+    onnx.save(model, tmp_path / "imputing.onnx")
+    inputs = rng.standard_normal((40, 4)).astype(np.float32)
+    np.save(tmp_path / "calibration.npy", inputs)
+    inputs[7, 2] = np.nan
+    np.save(tmp_path / "inputs.npy", inputs)
+    objective = QuantizationObjective(
+        tmp_path / "imputing.onnx",
+        calibration=tmp_path / "calibration.npy",
+        evaluation=ArrayFile(tmp_path / "inputs.npy").subset(np.arange(5, 35)),
+        cache=None,
+    )
+    assert np.isfinite(objective.float_evaluation.outputs).all()
+    (warning,) = caplog.messages
+    assert f"array file {tmp_path / 'inputs.npy'}" in warning
+    assert "for 1 of 30 evaluation inputs, first for number 7" in warning
 
 
 def test_a_fixed_batch_of_several_inputs_is_refused_at_once(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from optuna_quantune.evaluation.dataset import InputSource
     from optuna_quantune.evaluation.dataset import InputSpec
     from optuna_quantune.evaluation.latency import LatencyRatio
+    from optuna_quantune.evaluation.runner import OnFeed
     from optuna_quantune.evaluation.runner import Provider
 
 # Stage ("float model", "calibration", "probe", "evaluation"), items done, items in all.
@@ -161,7 +162,6 @@ class Evaluator:
             InputError: If it cannot be run or measured, or gives no number for any input.
         """
         evaluation = self.evaluate_float_model(self._inputs)
-        _check_numbers(evaluation.all_outputs)
         if evaluation.measurement.top1 is not None:
             _warn_near_chance(evaluation.measurement.top1, class_scores(evaluation.outputs))
         elif self._metric.of_classes:
@@ -172,7 +172,7 @@ class Evaluator:
         """The float model measured on other inputs than those that select.
 
         Raises:
-            InputError: If it cannot be run or measured.
+            InputError: If it cannot be run or measured, or gives no number for any input.
         """
         try:
             return self._evaluate(self._float_model, inputs, "float model", None, reference=None)
@@ -208,7 +208,14 @@ class Evaluator:
         outputs: Mapping[str, NDArray[Any]] = {}
         measurement = Measurement(0, None, None, None, None)
         if self._compares_outputs:
-            outputs = self.outputs(session, inputs, stage, on_batch)
+            if reference is None:
+                no_numbers: list[NDArray[np.bool_]] = []
+                outputs = self.outputs(
+                    session, inputs, stage, on_feed=lambda feed: no_numbers.append(_is_nan(feed))
+                )
+                _check_numbers(inputs, np.concatenate(no_numbers), outputs)
+            else:
+                outputs = self.outputs(session, inputs, stage, on_batch)
             measurement = self.measure(outputs, reference or outputs, inputs)
         if self._metric.loop is not None:
             own = self._metric.run_loop(session)
@@ -221,6 +228,7 @@ class Evaluator:
         inputs: InputSource,
         stage: str,
         on_batch: OnBatch | None = None,
+        on_feed: OnFeed | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Runs a model of this task over inputs.
 
@@ -230,6 +238,7 @@ class Evaluator:
             stage: Name of this work for the progress callback.
             on_batch: Called with the outputs so far, batches by output name, and the number of
                 inputs done; may raise to stop.
+            on_feed: Called with each batch before it is run, see `iterate`.
 
         Returns:
             The model's outputs by name, batch axis first, in the order of the inputs.
@@ -242,7 +251,11 @@ class Evaluator:
         parts: dict[str, list[NDArray[Any]]] = {name: [] for name in self._output_names}
         done = 0
         for indices, values in iterate(
-            session, inputs, batch_size=self.batch_size, outputs=self._output_names
+            session,
+            inputs,
+            batch_size=self.batch_size,
+            outputs=self._output_names,
+            on_feed=on_feed,
         ):
             for name, batch in parts.items():
                 batch.append(values[name])
@@ -359,23 +372,49 @@ def _joined(name: str, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(batches)
 
 
-def _check_numbers(outputs: Mapping[str, NDArray[Any]]) -> None:
-    """Looks for inputs, or what a model makes of them, that are no numbers."""
+def _is_nan(values: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Whether a value of each row is not a number, booleans of shape (n,)."""
+    rows = len(next(iter(values.values())))
+    found = np.zeros(rows, np.bool_)
+    for array in values.values():
+        if array.dtype.kind == "f":
+            found |= np.isnan(array).reshape(rows, -1).any(axis=1)
+    return found
+
+
+def _check_numbers(
+    inputs: InputSource, no_numbers: NDArray[np.bool_], outputs: Mapping[str, NDArray[Any]]
+) -> None:
+    """Tells of inputs, and of what the float model makes of the others, that are no numbers.
+
+    Args:
+        inputs: What was run.
+        no_numbers: Which of them have values that are not numbers, shape (n,): a Relu, say, makes
+            numbers of them.
+        outputs: The outputs by name, batch axis first.
+    """
+    if no_numbers.any():
+        _logger.warning(
+            f"{inputs}: values are not numbers (NaN) for {_count(no_numbers, inputs)}. They "
+            "are measured like the others."
+        )
     for name, values in outputs.items():
-        if values.dtype.kind != "f" or not len(values):
-            continue
-        is_nan = np.isnan(values).reshape(len(values), -1).any(axis=1)
-        first = int(np.argmax(is_nan))
+        is_nan = _is_nan({name: values})
         if is_nan.all():
             raise InputError(
                 f"the float model's output {name!r} is not a number (NaN) for any evaluation "
                 "input; look at the inputs and their preprocessing"
             )
-        if is_nan.any():
+        if (is_nan & ~no_numbers).any():
             _logger.warning(
-                f"The float model's output {name!r} is not a number (NaN) for {is_nan.sum()} of "
-                f"{len(values)} evaluation inputs, first for number {first}."
+                f"The float model's output {name!r} is not a number (NaN) for "
+                f"{_count(is_nan, inputs)}."
             )
+
+
+def _count(chosen: NDArray[np.bool_], inputs: InputSource) -> str:
+    first = inputs.positions[int(np.argmax(chosen))]
+    return f"{chosen.sum()} of {len(inputs)} evaluation inputs, first for number {first}"
 
 
 def _warn_near_chance(top1: float, scores: NDArray[Any]) -> None:

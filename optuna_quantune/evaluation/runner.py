@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Provider = str | tuple[str, dict[str, Any]]
+# A batch, arrays by input name.
+OnFeed = Callable[["Mapping[str, NDArray[Any]]"], None]
 
 # Milliseconds of one thread for an input in batches of 1, 4, 8, 16, 32 (ONNX Runtime 1.32, AMD
 # EPYC, minimum of three):
@@ -168,6 +170,7 @@ def iterate(
     batch_size: int | None = None,
     indices: NDArray[np.int64] | None = None,
     outputs: Sequence[str] | None = None,
+    on_feed: OnFeed | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
     """Run inputs through a model, a batch at a time, in order.
 
@@ -183,6 +186,7 @@ def iterate(
             different shapes. A model with a fixed batch axis gets its own size in any case.
         indices: Which inputs, in which order, of shape (m,); None is all.
         outputs: Names of the wanted outputs; None is all.
+        on_feed: Called with each batch in order, arrays by input name, before it is run.
 
     Yields:
         The indices of a batch, of shape (b,), and the outputs by name, batch axis first.
@@ -228,9 +232,15 @@ def iterate(
                 )
         return [result[:rows] for result in results]
 
+    def feeds() -> Iterator[dict[str, NDArray[Any]]]:
+        for feed in bound.batches(batch_size, indices):
+            if on_feed is not None:
+                on_feed(feed)
+            yield feed
+
     workers = max(1, available_cores() // threads)
     start = 0
-    for results in ordered_map(run_batch, bound.batches(batch_size, indices), workers=workers):
+    for results in ordered_map(run_batch, feeds(), workers=workers):
         stop = start + len(results[0])
         yield order[start:stop], dict(zip(names, results, strict=True))
         start = stop
