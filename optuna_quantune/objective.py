@@ -71,6 +71,7 @@ from optuna_quantune.process import this_process
 from optuna_quantune.quantization.agreement import AgreementModel
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.measurable_outputs import measurable_outputs
+from optuna_quantune.quantization.measurable_outputs import outputs_of_inputs
 from optuna_quantune.quantization.model import FloatModel
 from optuna_quantune.quantization.model import load_float_model
 from optuna_quantune.quantization.noise import NoisePrediction
@@ -237,6 +238,7 @@ class QuantizationObjective:
                 f"model {model}: neither an output nor what an output is selected from is of real "
                 "numbers, so that noise cannot be measured"
             )
+        outputs = outputs_of_inputs(self.model)
         specs = [InputSpec(i.name, i.shape, i.dtype) for i in self.model.inputs]
         calibration = as_input_source(calibration)
         evaluation = None if evaluation is None else as_input_source(evaluation)
@@ -251,11 +253,9 @@ class QuantizationObjective:
             evaluate,
             direction,
             labels=self.evaluation.labels is not None,
-            classifies=can_be_class_scores(self.model.outputs[0].shape),
+            classifies=can_be_class_scores(outputs[0].shape),
         )
-        if not self.chosen_metric.is_own and not any(
-            output.dtype.kind == "f" for output in self.model.outputs
-        ):
+        if not self.chosen_metric.is_own and not any(o.dtype.kind == "f" for o in outputs):
             raise InputError(
                 f"metric {self.metric!r}: compares real numbers, and the outputs of {model} are "
                 "none; give a metric of your own"
@@ -277,7 +277,7 @@ class QuantizationObjective:
         self._evaluator = Evaluator(
             self.model.path,
             specs=specs,
-            output_names=[spec.name for spec in self.model.outputs],
+            output_names=[spec.name for spec in outputs],
             inputs=self.evaluation,
             calibration=self.calibration,
             metric=self.chosen_metric,

@@ -131,6 +131,37 @@ def test_a_metric_of_the_users_is_minimized_over_all_outputs(
     assert result.all_inputs.quantized.agreement is None
 
 
+def test_a_constant_among_the_outputs_is_left_out(detector: Path, tmp_path: Path) -> None:
+    model = onnx.load(detector)
+    anchors = numpy_helper.from_array(np.ones((5, 2), np.float32), "anchors")
+    model.graph.node.append(helper.make_node("Constant", [], ["anchors"], value=anchors))
+    given = list(model.graph.output)
+    del model.graph.output[:]
+    constant = helper.make_tensor_value_info("anchors", onnx.TensorProto.FLOAT, [5, 2])
+    model.graph.output.extend([constant, *given])
+    onnx.save(model, tmp_path / "anchors.onnx")
+    seen = set()
+
+    def scores(outputs: Mapping[str, NDArray[Any]], reference: object) -> float:
+        seen.add(tuple(outputs))
+        return float(outputs["scores"].mean())
+
+    for metric in (None, scores):
+        result = tune(
+            tmp_path / "anchors.onnx",
+            calibration=ArrayInputs(INPUTS),
+            evaluation=ArrayInputs(INPUTS),
+            metric=metric,
+            space=SPACE,
+            n_trials=1,
+            cache=None,
+            output=tmp_path / "int8.onnx",
+        )
+        assert result.metric.name == ("agreement" if metric is None else "scores")
+    assert seen == {("scores", "boxes")}
+    assert [o.name for o in onnx.load(tmp_path / "int8.onnx").graph.output][0] == "anchors"
+
+
 def test_noise_is_predicted_for_several_outputs(detector: Path) -> None:
     objective = QuantizationObjective(
         detector,

@@ -77,7 +77,7 @@ class Evaluator:
     Args:
         float_model: The float model's file.
         specs: Its inputs.
-        output_names: Its outputs, in their order.
+        output_names: Those of its outputs that are measured, in their order.
         inputs: What models are measured on, with labels if there are any.
         calibration: What the float model is run on for calibration, to try it out.
         metric: What counts.

@@ -60,6 +60,19 @@ def measurable_outputs(model: FloatModel) -> tuple[TensorSpec, ...]:
     return tuple(tensor_spec(real[name]) for name in dict.fromkeys(found)) or model.outputs
 
 
+def outputs_of_inputs(model: FloatModel) -> tuple[TensorSpec, ...]:
+    """The outputs that depend on an input; where none does, all.
+
+    A constant among the outputs has no batch axis, and is the same in all models made of this one.
+    """
+    graph = model.proto.graph
+    reached = {value.name for value in graph.input}
+    for node in graph.node:
+        if not reached.isdisjoint(reads(node)):
+            reached.update(node.output)
+    return tuple(output for output in model.outputs if output.name in reached) or model.outputs
+
+
 def _varying_and_selected(graph: onnx.GraphProto) -> tuple[set[str], set[str]]:
     """Tensors that depend on the values of inputs, and those whose shapes may do so."""
     constants = {tensor.name for tensor in graph.initializer}
