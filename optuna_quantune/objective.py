@@ -155,8 +155,8 @@ class QuantizationObjective:
             with the model's and the float model's outputs for the same inputs, arrays with the
             batch axis first; one array for a model with one output, a mapping from output name
             to array for a model with several. If it has a parameter ``labels`` it gets the
-            labels, and if it has a parameter ``indices`` the inputs' places in `evaluation`,
-            shape (n,), for truth that it keeps itself.
+            labels (any numbers, not only class indices), and if it has a parameter ``indices``
+            the inputs' places in `evaluation`, shape (n,), for truth that it keeps itself.
         evaluate: In place of `metric` a function ``evaluate(session)`` that runs an
             ``onnxruntime.InferenceSession`` on inputs of its own and gives a number.
         direction: Whether larger (``maximize``) or smaller values of the user's own function are

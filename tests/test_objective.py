@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx import numpy_helper
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.chosen_metric import MetricName
 from optuna_quantune.evaluation.dataset import ArrayFile
 from optuna_quantune.evaluation.dataset import ArrayInputs
 from optuna_quantune.goals import DROP_CONSTRAINT
@@ -421,6 +423,22 @@ def test_labels_beyond_the_classes_are_named(
         objective.prepare()
 
 
+@pytest.mark.parametrize("metric", ["top1", "agreement"])
+@pytest.mark.parametrize("shape", [(80,), (80, 2)])
+def test_labels_that_are_no_classes_are_refused_where_classes_are_needed(
+    toy_model: Path, toy_inputs: NDArray[np.float32], metric: MetricName, shape: tuple[int, ...]
+) -> None:
+    objective = QuantizationObjective(
+        toy_model,
+        calibration=ArrayInputs(toy_inputs),
+        evaluation=ArrayInputs(toy_inputs, labels=np.zeros(shape)),
+        metric=metric,
+        cache=None,
+    )
+    with pytest.raises(InputError, match="array of float64 .* a metric of your own"):
+        objective.prepare()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -509,7 +527,7 @@ def test_parts_of_the_inputs_are_measured_only_for_a_pruner_that_uses_it(
         assert metric != "own" or (set(measured) != {len(toy_inputs)}) == some
 
 
-@pytest.mark.parametrize("labels", ["of another kind", "beyond the classes"])
+@pytest.mark.parametrize("labels", ["of another kind", "beyond the classes", "real", "vectors"])
 def test_a_metric_of_ones_own_has_labels_of_its_own(
     toy_model: Path, toy_inputs: NDArray[np.float32], labels: str
 ) -> None:
@@ -523,11 +541,16 @@ def test_a_metric_of_ones_own_has_labels_of_its_own(
                 )
         model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
     onnx.save(model, toy_model.with_name("own.onnx"))
-    given = np.arange(len(toy_inputs)) + 7
+    given: NDArray[Any] = np.arange(len(toy_inputs)) + 7
+    if labels == "real":
+        given = np.linspace(0.0, 3.0, len(toy_inputs), dtype=np.float32)
+    elif labels == "vectors":
+        given = np.zeros((len(toy_inputs), 2), np.int64)
 
     def own(
-        outputs: NDArray[np.float32], reference: NDArray[np.float32], labels: NDArray[np.int64]
+        outputs: NDArray[np.float32], reference: NDArray[np.float32], labels: NDArray[Any]
     ) -> float:
+        assert labels.dtype == given.dtype
         np.testing.assert_array_equal(labels, given[: len(labels)])
         return float(outputs.mean())
 

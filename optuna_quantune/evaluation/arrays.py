@@ -35,7 +35,8 @@ class ArrayInputs(InputSource):
 
     Args:
         inputs: One array, for a model with one input, or arrays by the model's input name.
-        labels: Class indices of shape (n,), or None.
+        labels: Class indices of shape (n,), or None; for a metric of one's own any numbers of
+            shape (n, ...).
         preprocessing: How to turn uint8 images of shape (n, height, width) or (n, height, width,
             channels) into inputs, as it is done for files; None takes the arrays as they are.
 
@@ -76,8 +77,8 @@ class ArrayInputs(InputSource):
         return self._length
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Class indices of shape (n,), or None."""
+    def labels(self) -> NDArray[Any] | None:
+        """See :attr:`InputSource.labels`."""
         return self._labels
 
     @property

@@ -118,7 +118,7 @@ class ChosenMetric:
         outputs: Mapping[str, NDArray[Any]],
         reference: Mapping[str, NDArray[Any]],
         *,
-        labels: NDArray[np.int64] | None,
+        labels: NDArray[Any] | None,
         indices: NDArray[np.int64],
     ) -> Measurement:
         """Measures a model's outputs beside the float model's.
@@ -129,7 +129,7 @@ class ChosenMetric:
         Args:
             outputs: Outputs by name, batch axis first, shape (n, ...).
             reference: The float model's outputs for the same inputs.
-            labels: Class indices of shape (n,), or None.
+            labels: Labels of shape (n, ...), class indices where the metric needs them, or None.
             indices: Where the inputs stand in the source that the user gave, shape (n,).
 
         Raises:
@@ -152,7 +152,7 @@ class ChosenMetric:
         outputs: Mapping[str, NDArray[Any]],
         reference: Mapping[str, NDArray[Any]],
         *,
-        labels: NDArray[np.int64] | None,
+        labels: NDArray[Any] | None,
         indices: NDArray[np.int64],
     ) -> float:
         """The value of the user's function of outputs; see `measure` for the arguments.

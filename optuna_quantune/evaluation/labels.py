@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,40 +84,53 @@ def read_labels(path: Path, *, images: Path) -> tuple[list[Path], NDArray[np.int
     return files, np.array(labels, np.int64)
 
 
-def label_array(labels: ArrayLike, *, inputs: int) -> NDArray[np.int64]:
+def label_array(labels: ArrayLike, *, inputs: int) -> NDArray[Any]:
     """Check an array of labels against the number of inputs.
 
     Args:
-        labels: Class indices of shape (inputs,), of an integer type.
+        labels: Numbers of shape (inputs, ...): class indices, or what a metric of one's own takes.
         inputs: How many inputs they belong to.
 
+    Returns:
+        Class indices as int64, others as they are.
+
     Raises:
-        InputError: They are not whole numbers, or not one for each input.
+        InputError: They are not numbers, or not one label for each input.
     """
     array = np.asarray(labels)
-    if array.dtype.kind not in "iu" or array.ndim != 1:
+    if array.dtype.kind not in "biuf" or not array.ndim:
         raise InputError(
-            "labels must be a one-dimensional array of class indices, not an array of "
+            "labels must be an array of numbers, one label for each input, not an array of "
             f"{array.dtype} of shape {array.shape}"
         )
     if len(array) != inputs:
         raise InputError(f"{len(array)} labels for {inputs} inputs; give one label for each input")
-    return array.astype(np.int64)
+    return array.astype(np.int64) if are_class_indices(array) else array
+
+
+def are_class_indices(labels: NDArray[Any]) -> bool:
+    """Whether labels are whole numbers of shape (n,), of whatever classes."""
+    return labels.ndim == 1 and labels.dtype.kind in "iu"
 
 
 def check_label_range(
-    labels: NDArray[np.int64], *, classes: int, positions: NDArray[np.int64] | None = None
+    labels: NDArray[Any], *, classes: int, positions: NDArray[np.int64] | None = None
 ) -> None:
     """Check that every label is a class of the model.
 
     Args:
-        labels: Class indices of shape (n,).
+        labels: Labels of shape (n, ...).
         classes: How many classes the model's output has.
         positions: Where the inputs stand in what the user gave, shape (n,); None if as here.
 
     Raises:
-        InputError: A label is below 0 or not below ``classes``.
+        InputError: They are no class indices, or a label is below 0 or not below ``classes``.
     """
+    if not are_class_indices(labels):
+        raise InputError(
+            "labels must be a one-dimensional array of class indices, not an array of "
+            f"{labels.dtype} of shape {labels.shape}; other labels go with a metric of your own"
+        )
     outside = (labels < 0) | (labels >= classes)
     if not outside.any():
         return

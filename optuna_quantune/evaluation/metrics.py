@@ -14,6 +14,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.evaluation.labels import are_class_indices
 from optuna_quantune.evaluation.labels import check_label_range
 from optuna_quantune.evaluation.labels import label_array
 
@@ -124,15 +125,17 @@ def can_be_class_scores(shape: tuple[int | None, ...]) -> bool:
     return (len(shape) == 2 or shape[2:] == (1, 1)) and shape[1] != 1
 
 
-def are_classes_of(outputs: NDArray[Any], labels: NDArray[np.int64]) -> bool:
+def are_classes_of(outputs: NDArray[Any], labels: NDArray[Any]) -> bool:
     """Say whether labels can be classes of these outputs; a metric of one's own may have others.
 
     Args:
         outputs: Outputs of any shape, batch axis first.
-        labels: Labels of shape (n,).
+        labels: Labels of shape (n, ...).
     """
-    return _are_class_scores(outputs) and bool(
-        labels.min() >= 0 and labels.max() < outputs.shape[1]
+    return (
+        _are_class_scores(outputs)
+        and are_class_indices(labels)
+        and bool(labels.min() >= 0 and labels.max() < outputs.shape[1])
     )
 
 

@@ -103,8 +103,8 @@ class ReaderInputs(InputSource):
         return len(self._digests)
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Class indices of shape (n,), or None."""
+    def labels(self) -> NDArray[Any] | None:
+        """See :attr:`InputSource.labels`."""
         return self._labels
 
     @property

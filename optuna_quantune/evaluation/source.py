@@ -66,8 +66,8 @@ class InputSource(ABC):
 
     @property
     @abstractmethod
-    def labels(self) -> NDArray[np.int64] | None:
-        """Class indices of shape (n,), or None."""
+    def labels(self) -> NDArray[Any] | None:
+        """Class indices of shape (n,), or what else a metric of one's own takes, (n, ...)."""
 
     @property
     @abstractmethod
@@ -172,7 +172,7 @@ class _Subset(InputSource):
         return len(self._indices)
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
+    def labels(self) -> NDArray[Any] | None:
         labels = self._source.labels
         return None if labels is None else labels[self._indices]
 
@@ -213,7 +213,7 @@ class _Bound(InputSource):
         return len(self._source)
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
+    def labels(self) -> NDArray[Any] | None:
         return self._source.labels
 
     @property
