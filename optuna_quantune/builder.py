@@ -183,7 +183,11 @@ class Builder:
     @cached_property
     def _moments(self) -> dict[str, Moments]:
         """Of the model without equalization; the other's follow from them."""
-        return input_moments(self._prepared, self._calibration)
+        return input_moments(
+            self._prepared,
+            self._calibration,
+            progress=lambda done, total: self._progress("layer inputs", done, total),
+        )
 
     def _make_quantizer(self, *, equalized: bool) -> Quantizer:
         model = self._prepared

@@ -60,6 +60,7 @@ def make_sampler(
             features=objective.features,
             source_studies=_studies(source_studies, objective),
             seed=seed,
+            progress=lambda done, total: objective.progress("predictions", done, total),
         )
     if any(source != RECORDS for source in source_studies):
         name = sampler if isinstance(sampler, str) else type(sampler).__name__

@@ -273,7 +273,7 @@ class QuantizationObjective:
         if not precision > 0:
             raise InputError(f"precision: {precision} is not positive; for all inputs say exact")
         self._precision = None if exact else precision
-        progress = progress or (lambda stage, done, total: None)
+        self.progress: Progress = progress or (lambda stage, done, total: None)
         self._evaluator = Evaluator(
             self.model.path,
             specs=specs,
@@ -286,7 +286,7 @@ class QuantizationObjective:
             exact_products=self.target.is_elsewhere,
             threads=threads,
             batch_size=batch_size,
-            progress=progress,
+            progress=self.progress,
         )
         self._builder = Builder(
             self.model,
@@ -295,7 +295,7 @@ class QuantizationObjective:
             target=self.target,
             takes_batches=lambda: self._evaluator.batch_size != 1,
             cache=None if cache is None else Path(cache),
-            progress=progress,
+            progress=self.progress,
         )
         self._lock = threading.RLock()
 

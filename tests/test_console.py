@@ -126,6 +126,17 @@ def test_a_stage_that_ended_early_makes_room_for_the_next() -> None:
         assert list(progress.stages) == ["trials", "final model"]
 
 
+def test_without_a_terminal_the_long_wait_for_predictions_is_one_line() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=80)
+    with ProgressBars(console) as progress:
+        for done in range(4):
+            progress("calibration", done, 3)
+            progress("predictions", done, 3)
+    assert isinstance(console.file, io.StringIO)
+    (line,) = console.file.getvalue().splitlines()
+    assert line.startswith("Predicting the noise of configurations")
+
+
 def test_sizes_of_tiny_models_have_three_digits() -> None:
     trials = [trial(n, scheme=s) for n, s in enumerate(("symmetric", "asymmetric", "none"))]
     sizes = [52_043.0, 410_400.0, 10_861_000.0]

@@ -373,6 +373,19 @@ def test_of_several_objectives_what_is_chosen_is_on_the_front(run) -> None:  # t
     assert result.trial.number in {trial.number for trial in result.pareto}
 
 
+def test_predictions_before_the_first_trial_show_their_progress(run) -> None:  # type: ignore[no-untyped-def]
+    stages: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if "evaluation" not in stages:
+            stages.setdefault(stage, []).append((done, total))
+
+    knobs = {"granularity": ["tensor", "channel"], "weight_rounding": ["nearest", "compensated"]}
+    run(space=SearchSpace(knobs), n_trials=1, progress=progress)
+    assert stages["predictions"] == [(done, 4) for done in range(5)]
+    assert stages["layer inputs"] == [(done, 32) for done in range(1, 33)]
+
+
 def test_an_exhausted_search_says_so_and_makes_no_further_trials(  # type: ignore[no-untyped-def]
     run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from optuna_quantune.evaluation.runner import OnFeed
     from optuna_quantune.evaluation.runner import Provider
 
-# Stage ("float model", "calibration", "probe", "evaluation"), items done, items in all.
+# Stage ("float model", "calibration", "predictions", "evaluation", ...), items done, items in all.
 Progress = Callable[[str, int, int], None]
 # The outputs so far, batches by output name, and the number of inputs done.
 OnBatch = Callable[["Mapping[str, Sequence[NDArray[Any]]]", int], None]

@@ -8,6 +8,7 @@ output that has the power tr(E S Eᵀ), where S is the mean of x xᵀ over these
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -80,7 +81,11 @@ class Moments:
 
 
 def input_moments(
-    model: FloatModel, inputs: CalibrationInputs, *, windows: int = _WINDOWS
+    model: FloatModel,
+    inputs: CalibrationInputs,
+    *,
+    windows: int = _WINDOWS,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Moments]:
     """Runs the float model and collects moments of the inputs of its layers.
 
@@ -89,6 +94,7 @@ def input_moments(
         inputs: The calibration inputs; the first `MOMENT_INPUTS` are used.
         windows: How many windows of a convolution are taken of each input at most, evenly spread
             by chance.
+        progress: Called after every input with the inputs done and the inputs in all.
 
     Returns:
         By weight, for Conv, Gemm and MatMul whose vectors have at most `LONGEST_VECTOR` values,
@@ -103,7 +109,7 @@ def input_moments(
     rng = np.random.default_rng(0)
     number = min(MOMENT_INPUTS, len(inputs))
     # One at a time: all that the layers read is held in memory together.
-    for feed in inputs.batches(1, np.arange(number)):
+    for done, feed in enumerate(inputs.batches(1, np.arange(number)), start=1):
         found: dict[str, Any] = dict(feed)
         if names:  # ONNX Runtime takes an empty list for all outputs
             found |= dict(zip(names, session.run(names, feed), strict=True))
@@ -116,6 +122,8 @@ def input_moments(
                 vectors = _windows(values, layer.groups, nodes[layer.name], kernel, windows, rng)
             with np.errstate(over="ignore", invalid="ignore"):
                 sums[layer.name].add(vectors)
+        if progress is not None:
+            progress(done, number)
     with np.errstate(over="ignore", invalid="ignore"):
         moments = dict(_by_weight(layers, sums))
         return {name: m for name, m in moments.items() if m.is_finite}

@@ -41,7 +41,11 @@ class Prediction:
 
 def predict(objective: QuantizationObjective) -> list[Prediction]:
     """The configurations of an objective's space, or many of a large one, least noise first."""
-    found = [Prediction(params, objective.features(params)) for params in _params(objective.space)]
+    asked = _params(objective.space)
+    found = []
+    for done, params in enumerate(asked, start=1):
+        found.append(Prediction(params, objective.features(params)))
+        objective.progress("predictions", done, len(asked))
     return sorted(found, key=lambda prediction: -prediction.features["predicted_sqnr_db"])
 
 

@@ -12,10 +12,12 @@ from rich.console import Console
 
 # The stage that the others are parts of.
 _OUTER: Final = "trials"
+# The stage that takes long before the first trial of a large space.
+_LONG: Final = "predictions"
 
 
 class ProgressBars:
-    """Shows the stages of `tune` on a terminal, one at a time; nothing where there is none.
+    """Shows the stages of `tune` on a terminal, one at a time; where there is none, a line of one.
 
     Use it as a context manager and pass it as the `progress` callback.
 
@@ -35,6 +37,7 @@ class ProgressBars:
             transient=True,
         )
         self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._is_told = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Moves the bar of a stage; a finished stage starts anew with the next call.
@@ -42,6 +45,9 @@ class ProgressBars:
         A stage that ended early, as evaluations do, makes room for the next one.
         """
         if not self.console.is_terminal:
+            if stage == _LONG and not self._is_told:
+                self.console.print("Predicting the noise of configurations; then trials begin.")
+                self._is_told = True
             return
         if stage not in self._tasks:
             for other in self._tasks.keys() - {_OUTER} if stage != _OUTER else ():

@@ -52,6 +52,8 @@ CONSTRAINT_PRIOR = "prior:"
 Features = Callable[[Mapping[str, Any]], Mapping[str, float]]
 Valid = Callable[[Mapping[str, Any]], bool]
 Suggest = Callable[[], Iterable[Mapping[str, Any]]]
+# How many configurations were described, of how many that are to be.
+Progress = Callable[[int, int], None]
 
 # Numbers in the kernel features of all configurations of a space that is enumerated; more, as of
 # parameters with hundreds of choices, take seconds for each trial and gigabytes.
@@ -166,6 +168,7 @@ class Configurations:
         signs: Of each objective -1 if it is maximised, else 1.
         sources: Earlier studies.
         suggest: Configurations that are worth looking at.
+        progress: Called while configurations are described.
     """
 
     def __init__(
@@ -178,6 +181,7 @@ class Configurations:
         signs: Sequence[float] = (1.0,),
         sources: Sequence[SourceStudy] = (),
         suggest: Suggest | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.encoding = SpaceEncoding(search_space)
         self._features = features
@@ -186,6 +190,7 @@ class Configurations:
         self._signs = tuple(signs)
         self._sources = tuple(sources)
         self._suggest = suggest
+        self._progress = progress or (lambda done, total: None)
         self._feature_names: tuple[str, ...] = ()
         self._raw_features: dict[bytes, tuple[float, ...]] = {}
 
@@ -475,6 +480,12 @@ class Configurations:
     def _raw(self, codes: Codes) -> NDArray[np.float64]:
         if self._features is None:
             return np.empty((len(codes), 0))
+        new = [row for row in codes if row.tobytes() not in self._raw_features]
+        for done, row in enumerate(new):
+            self._progress(done, len(new))
+            self._raw_one(row)
+        if new:
+            self._progress(len(new), len(new))
         rows = [self._raw_one(row) for row in codes]
         return np.array(rows, dtype=np.float64).reshape(len(codes), len(self._feature_names))
 

@@ -133,6 +133,8 @@ class QuantuneSampler(BaseSampler):
         independent_sampler: Sampler of parameters outside the modelled space. Defaults to a
             :class:`~optuna.samplers.RandomSampler` with the same seed.
         warn_independent_sampling: Whether to warn when that sampler is used.
+        progress: Called while ``features`` is asked for several configurations, which may take
+            long before the first trial, with how many are done and how many there are.
 
     Raises:
         InputError: If a value of ``search_space`` is not a distribution, or an item of
@@ -152,6 +154,7 @@ class QuantuneSampler(BaseSampler):
         allow_duplicates: bool = False,
         independent_sampler: BaseSampler | None = None,
         warn_independent_sampling: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         for name, distribution in (search_space or {}).items():
             if not isinstance(distribution, BaseDistribution):
@@ -178,6 +181,7 @@ class QuantuneSampler(BaseSampler):
         self._allow_duplicates = allow_duplicates
         self._independent_sampler = independent_sampler or RandomSampler(seed=seed)
         self._warn_independent_sampling = warn_independent_sampling
+        self._progress = progress
         self._configurations: dict[object, Configurations] = {}
 
     def reseed_rng(self) -> None:
@@ -331,6 +335,7 @@ class QuantuneSampler(BaseSampler):
                 signs=signs,
                 sources=self._sources,
                 suggest=self._candidates,
+                progress=self._progress,
             )
         self._configurations[key] = configurations  # the last one is the latest used
         for oldest in list(self._configurations)[:-_MAX_CACHED_SPACES]:
