@@ -35,6 +35,7 @@ from optuna_quantune.quantization.neighbours import in_order
 from optuna_quantune.quantization.neighbours import LARGEST_SUM
 from optuna_quantune.quantization.neighbours import largest_sums
 from optuna_quantune.quantization.processor import detect_vnni
+from optuna_quantune.quantization.quantized_graph import Quantized
 from optuna_quantune.quantization.quantized_graph import QuantizedGraph
 from optuna_quantune.quantization.quantized_graph import QuantizedLayer
 
@@ -376,7 +377,9 @@ def _equal_scales(graph: QuantizedGraph) -> Iterator[Finding]:
     equal = [
         layer.name
         for layer in graph.layers
-        if layer.weight.scale.size > 1 and np.ptp(layer.weight.scale) == 0
+        if layer.weight.scale.size > 1
+        and np.ptp(layer.weight.scale) == 0
+        and not _is_of_ones(layer.weight)
     ]
     if equal:
         yield Finding(
@@ -385,6 +388,11 @@ def _equal_scales(graph: QuantizedGraph) -> Iterator[Finding]:
             "per-channel quantization is without effect there",
             severity="info",
         )
+
+
+def _is_of_ones(weight: Quantized) -> bool:
+    """Whether all integers are 1, or 0 to fill up, as of averages and copies: one scale does."""
+    return weight.integers is not None and set(np.unique(weight.integers)) <= {0, 1}
 
 
 def _no_shift(graph: QuantizedGraph) -> Iterator[Finding]:

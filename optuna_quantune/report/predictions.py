@@ -116,6 +116,7 @@ def float_layers_table(
     table.add_column("predicted SQNR dB", justify="right")
     table.add_column("expected latency", justify="right")
     counted = ("mixed_precision", "float_layers")
+    nodes = {node.name for node in objective.model.proto.graph.node}
     known: set[str] = set()
     for number in range(len(objective.float_order) + 1):
         params = {**best, "mixed_precision": "none", "float_layers": number}
@@ -124,7 +125,7 @@ def float_layers_table(
         latency = objective.expected_latency(params)
         table.add_row(
             str(number),
-            _listed([name for name in names if name not in known]),
+            _listed([name for name in names if name in nodes - known]),
             f"{objective.features(params)['predicted_sqnr_db']:.1f}",
             "" if math.isnan(latency) else f"{latency:.2f}x",
         )

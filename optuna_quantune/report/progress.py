@@ -46,7 +46,7 @@ class ProgressBars:
         """
         if not self.console.is_terminal:
             if stage == _LONG and not self._is_told:
-                self.console.print("Predicting the noise of configurations; then trials begin.")
+                self.console.print("Predicting the noise of configurations.")
                 self._is_told = True
             return
         if stage not in self._tasks:

@@ -299,6 +299,7 @@ def test_a_float_head_does_not_wrap_every_convolution_in_transposes(
     assert transposes(plain) >= 6  # the trap: two for each convolution
     assert transposes(written) <= 2
     np.testing.assert_array_equal(run(written, INPUTS), run(plain, INPUTS))
+    assert not any(f.rule == "equal-scales" for f in lint_quantized(written))
 
 
 @pytest.mark.parametrize(
@@ -327,6 +328,7 @@ def test_an_average_is_the_same_integers_from_a_convolution(
     plain, written = (q.quantize(QuantizationConfig()).proto for q in (before, after))
     onnx.checker.check_model(written)
     assert operators(written)["AveragePool"] == (0 if replaced else 1)
+    assert not any(f.rule == "equal-scales" for f in lint_quantized(written))
     scales = {i.name: i for i in written.graph.initializer}
     last = next(n for n in written.graph.node if "b" in n.output)
     step = float(numpy_helper.to_array(scales[last.input[1]]))

@@ -51,6 +51,8 @@ def test_every_row_leaves_in_float_what_the_built_model_does(
     assert counts == [str(number) for number in range(len(counts))]
     assert len(counts) > 2
     assert not names[0]
+    nodes = {node.name for node in objective.model.proto.graph.node}
+    assert {name for step in names[1:] for name in str(step).split(", ")} <= nodes
     steps = [float(number) for number in predicted]
     assert steps == sorted(steps)  # each step takes noise away
     assert steps[-1] > steps[0]
