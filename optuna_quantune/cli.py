@@ -316,6 +316,7 @@ def quantize_command(
             progress=progress,
             **options,
         )
+        objective.check(chosen)
         quantized = objective.quantize(chosen).proto
         write_model(quantized, path)
     click.echo(f"wrote {path} ({figure(Path(path).stat().st_size / 1e6)} MB)")

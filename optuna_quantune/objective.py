@@ -69,6 +69,7 @@ from optuna_quantune.output_file import write_model
 from optuna_quantune.process import PROCESS_KEY
 from optuna_quantune.process import this_process
 from optuna_quantune.quantization.agreement import AgreementModel
+from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.measurable_outputs import measurable_outputs
 from optuna_quantune.quantization.measurable_outputs import outputs_of_inputs
@@ -457,6 +458,28 @@ class QuantizationObjective:
             InputError: If the target cannot run it.
         """
         return self._builder.quantize(config)
+
+    def check(self, config: QuantizationConfig) -> None:
+        """Refuses numbers beyond what this model and these inputs have: in a search they mean all.
+
+        Raises:
+            InputError: If the configuration has more float layers than there are steps, or more
+                calibration images than there are inputs.
+        """
+        images, inputs = config.calibration_images, len(self.calibration)
+        if images != ALL_IMAGES and images > inputs:
+            raise InputError(
+                f"knob 'calibration_images': {images} is more than the {inputs} calibration "
+                f"inputs; use 1 to {inputs}, or 'all'"
+            )
+        if not config.float_layers:
+            return
+        steps = len(self._builder.float_order(equalized=config.equalization))
+        if config.float_layers > steps:
+            raise InputError(
+                f"knob 'float_layers': {config.float_layers} is more than there are worthwhile "
+                f"steps in this model; use 0 to {steps}"
+            )
 
     def evaluate(self, model: onnx.ModelProto | bytes | Path) -> Evaluation:
         """Measures a model, its bytes or a model file on the evaluation inputs."""

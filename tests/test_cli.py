@@ -426,6 +426,13 @@ def test_ctrl_c_after_the_last_trial_leaves_the_trials_the_model_and_how_to_go_o
     [
         ('{"clippng": "kl"}', "unknown knob 'clippng'"),
         ('{"clipping": "kll"}', "knob 'clipping': 'kll'"),
+        ('{"activation_bits": 8.0}', "knob 'activation_bits': 8.0 is not one of 8, 16"),
+        ('{"float_layers": 50}', "knob 'float_layers': 50 is more than there are "),
+        (
+            '{"float_layers": 50, "equalization": true}',
+            "knob 'float_layers': 50 is more than there are ",
+        ),
+        ('{"calibration_images": 25}', "knob 'calibration_images': 25 is more than the 24 "),
         ("{", "--config"),
         ("[1]", "--config"),
         ("nowhere.json", "nowhere.json"),
@@ -438,7 +445,8 @@ def test_mistakes_in_a_configuration_are_named(
     config: str,
     message: str,
 ) -> None:
-    arguments = ("quantize", "model.onnx", "--config", config, "--calibration", "images")
+    inputs = ("--calibration", "images", "--preprocessing", "recipe.json")
+    arguments = ("quantize", "model.onnx", "--config", config, *inputs)
     assert call(folder, *arguments, monkeypatch=monkeypatch) == 2
     assert message in capsys.readouterr().err
 

@@ -96,10 +96,10 @@ class QuantizationConfig:
                 f"knob 'calibration_images': {size!r} is neither a positive integer nor 'all'"
             )
         for knob, allowed in _choices().items():
-            if getattr(self, knob) not in allowed:
+            value = getattr(self, knob)
+            if value not in allowed or isinstance(value, float):  # 8.0 equals 8
                 raise InputError(
-                    f"knob '{knob}': {getattr(self, knob)!r} is not one of "
-                    f"{', '.join(map(str, allowed))}"
+                    f"knob '{knob}': {value!r} is not one of {', '.join(map(str, allowed))}"
                 )
         if type(self.float_layers) is not int or self.float_layers < 0:
             raise InputError(
