@@ -430,13 +430,17 @@ def _tune(
                 **options,
             )
     except ResultInterrupted as stop:
-        _print_interrupted(console, stop, options["storage"], report)
+        try:
+            _print_interrupted(console, stop, options["storage"])
+        finally:
+            _write_report(console, stop.study, report)
         raise
     if options["storage"] is not None:
         note_result(result.study, result.summary)
-    _print_result(console, result)
-    if report is not None:
-        console.print(f"Wrote {write_report(result.study, report)}.", highlight=False)
+    try:
+        _print_result(console, result)
+    finally:  # also where nobody reads the tables to their end, as behind `| head`
+        _write_report(console, result.study, report)
     if result.path is not None:
         _warn(_findings(onnx.load(result.path), result.float_model, result.target))
 
@@ -453,13 +457,14 @@ def _print_result(console: Console, result: TuningResult) -> None:
     console.print(f"Wrote {result.path} after {result.seconds:.0f} s.", highlight=False)
 
 
-def _print_interrupted(
-    console: Console, stop: ResultInterrupted, storage: str | None, report: str | None
-) -> None:
+def _write_report(console: Console, study: optuna.Study, path: str | None) -> None:
+    if path is not None:
+        console.print(f"Wrote {write_report(study, path)}.", highlight=False)
+
+
+def _print_interrupted(console: Console, stop: ResultInterrupted, storage: str | None) -> None:
     """What there is when the search has ended and its result was not measured."""
     console.print(trials_table(stop.study.get_trials(deepcopy=False), stop.metric))
-    if report is not None:
-        console.print(f"Wrote {write_report(stop.study, report)}.", highlight=False)
     lines = ["Interrupted after the search: its result was not measured."]
     if stop.path is not None:
         lines.append(f"The chosen model was written to {stop.path}.")

@@ -50,6 +50,8 @@ FINISHED: Final = (TrialState.COMPLETE, TrialState.PRUNED)
 # Other processes' trials are waited for as long as the longest trial took, and as much again.
 _PATIENCE: Final = 2.0
 _POLL_SECONDS: Final = 0.2
+# What a database file of SQLite begins with.
+_SQLITE: Final = b"SQLite format 3\0"
 # Seconds that a line of a journal may take to be written.
 _LONGEST_WRITE: Final = 2.0
 
@@ -167,7 +169,10 @@ def _check_journal(path: Path) -> None:
     if not path.is_file() or not path.stat().st_size:
         return
     with path.open("rb") as file:
-        if file.read(1) != b"{":
+        begin = file.read(len(_SQLITE))
+        if begin == _SQLITE:
+            raise InputError(f"storage {path}: is a database of SQLite; give sqlite:///{path}")
+        if not begin.startswith(b"{"):
             raise InputError(f"storage {path}: is a file, and no journal of Optuna")
     deadline = time.monotonic() + _LONGEST_WRITE
     while not (is_whole := _ends_in_a_line(path)) and time.monotonic() < deadline:

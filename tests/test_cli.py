@@ -392,6 +392,7 @@ def test_ctrl_c_in_a_trial_and_a_trial_that_fails_are_no_tracebacks(
 def test_ctrl_c_after_the_last_trial_leaves_the_trials_the_model_and_how_to_go_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("plotly")
     (folder / "stopping_late.py").write_text(
         "import itertools\n"
         "calls = itertools.count()\n"
@@ -504,6 +505,18 @@ def test_reports_are_written_by_tune_and_of_a_study(
         assert "Chosen configuration" in page
 
 
+def test_a_report_is_written_also_where_nobody_reads_the_tables(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("plotly")
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert call(folder, *TUNE, "--report", "own.html", monkeypatch=monkeypatch) == 1
+    assert "Chosen configuration" in (folder / "own.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("report", "message"),
     [
@@ -572,6 +585,7 @@ _HALF_WRITTEN = (
     [
         ('{"a": 1}', "is a file, and no journal of Optuna"),
         ("[1, 2]\n", "is a file, and no journal of Optuna"),
+        ("SQLite format 3\0", "is a database of SQLite; give sqlite:///{storage}"),
         ('{"op_code": 0, "worker_id": "x"}\n{"op_co', _HALF_WRITTEN),
     ],
 )
@@ -589,7 +603,8 @@ def test_a_file_that_is_no_whole_journal_stays_as_it_is(
     ):
         with pytest.raises(SystemExit):
             main(command)
-        assert capsys.readouterr().err == f"optuna-quantune: storage {storage}: {message}\n"
+        reason = message.format(storage=storage)
+        assert capsys.readouterr().err == f"optuna-quantune: storage {storage}: {reason}\n"
     assert storage.read_text() == text
 
 

@@ -276,7 +276,10 @@ def test_a_metric_that_fails_is_found_before_the_search(detector: Path) -> None:
 
     for arguments, message in (
         ({"metric": wrong}, "metric 'wrong': fails for the float model: KeyError: 'masks'"),
-        ({"evaluate": silent}, "metric 'silent': fails .* gave None, not a number"),
+        (
+            {"evaluate": silent},
+            "metric 'silent': fails .*: ValueError: the metric gave None, not a number",
+        ),
     ):
         objective = QuantizationObjective(
             detector,

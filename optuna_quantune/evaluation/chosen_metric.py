@@ -185,7 +185,7 @@ class ChosenMetric:
         except (TypeError, ValueError):
             number = math.nan
         if math.isnan(number):
-            raise ValueError(f"metric {self.name!r}: gave {value!r}, not a number")
+            raise ValueError(f"the metric gave {value!r}, not a number")
         return number
 
 
