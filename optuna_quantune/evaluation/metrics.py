@@ -56,7 +56,8 @@ class Measurement:
         agreement: Share of inputs with the same prediction as the float model, 0 to 1; None where
             the outputs are not taken as scores of classes.
         sqnr_db: Output signal-to-quantization-noise ratio against the float model, in decibels;
-            infinite where the outputs are equal, None where they were not compared.
+            infinite where the outputs are equal, None where they were not compared or are whole
+            numbers.
         margin_sqnr_db: The same of the margins by which the float model's classes win, which is
             what predictions depend on; None where the outputs are not scores of classes.
         own: Value of the user's own metric; None if there is none.
@@ -250,26 +251,26 @@ def margin_sqnr_db(outputs: NDArray[Any], reference: NDArray[Any]) -> float:
 
 def mean_sqnr_db(
     outputs: Mapping[str, NDArray[Any]], reference: Mapping[str, NDArray[Any]]
-) -> float:
+) -> float | None:
     """Signal-to-quantization-noise ratio of all outputs together, in decibels.
 
     The ratios of noise to signal power are averaged over the outputs, so that each counts alike,
     whatever its unit (boxes in pixels beside probabilities). Outputs of whole numbers (classes,
-    counts) count only where there are no others.
+    places) do not count: the difference of two classes says nothing.
 
     Args:
         outputs: The quantized model's outputs by name.
         reference: The float model's outputs, of the same names and shapes.
 
     Returns:
-        See :func:`sqnr_db`, which it is for one output.
+        See :func:`sqnr_db`, which it is for one output; None where all are of whole numbers.
 
     Raises:
         InputError: The shapes differ.
     """
-    names = [name for name in outputs if outputs[name].dtype.kind == "f"] or list(outputs)
+    names = [name for name in outputs if outputs[name].dtype.kind == "f"]
     ratios = [_noise_to_signal(outputs[name], reference[name]) for name in names]
-    return _decibels(sum(ratios) / len(ratios))
+    return _decibels(sum(ratios) / len(ratios)) if ratios else None
 
 
 def margins(outputs: NDArray[Any]) -> NDArray[np.float64]:

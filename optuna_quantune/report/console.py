@@ -99,6 +99,8 @@ def _table_of_trials(
         ("MB", [row.megabytes for row in rows]),
         ("s", [row.seconds for row in rows]),
     ]
+    if not any(row.sqnr_db for row in rows):
+        del columns[3]
     if metric == "agreement" or not any(row.agreement for row in rows):
         del columns[2]
     if narrow:

@@ -80,6 +80,12 @@ def test_the_noise_of_all_outputs_counts_alike_whatever_their_unit() -> None:
     assert sqnr(0.0, 0.1) == pytest.approx(20.0 + 10 * math.log10(2), abs=0.01)
 
 
+def test_whole_numbers_have_no_noise_ratio() -> None:
+    metric = ChosenMetric.of(lambda *_: 1.0, None, "maximize", labels=False)
+    classes = {"classes": SCORES.argmax(axis=1)}
+    assert metric.measure(classes, classes, labels=None, indices=EVERYTHING).sqnr_db is None
+
+
 @pytest.mark.parametrize(
     ("shape", "metric"),
     [

@@ -225,6 +225,7 @@ def test_classes_need_a_metric_of_ones_own(tmp_path: Path) -> None:
     study.enqueue_trial({**next(objective.space.grid()), "calibration_images": "all"})
     study.optimize(objective, n_trials=1)
     assert 0.9 < study.best_value <= 1.0
+    assert study.best_trial.user_attrs["sqnr_db"] is None
 
 
 def test_where_all_layers_are_behind_a_selection_one_error_says_so(tmp_path: Path) -> None:
