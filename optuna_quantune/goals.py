@@ -80,6 +80,11 @@ class Goals:
         """Whether accuracy is the only objective, so that trials have intermediate values."""
         return self.objectives == ("accuracy",)
 
+    @property
+    def needs_latency(self) -> bool:
+        """Whether latency is an objective or bounded."""
+        return "latency" in self.objectives or self.max_latency is not None
+
     def values(self, outcome: Outcome) -> tuple[float, ...]:
         """The values of a trial, one for each objective."""
         by_name = {

@@ -20,6 +20,7 @@ import onnx
 import optuna
 import platformdirs
 from numpy.typing import NDArray
+from optuna.distributions import CategoricalDistribution
 from optuna.distributions import IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import NopPruner
@@ -244,6 +245,8 @@ class QuantizationObjective:
         calibration = as_input_source(calibration)
         evaluation = None if evaluation is None else as_input_source(evaluation)
         self.calibration = calibration.bind(specs)
+        if any(None in spec.shape[1:] for spec in self.calibration.specs):
+            self.space = _without_bias_correction(self.space)
         if evaluation is None and evaluate is None:
             raise InputError("evaluation: give inputs, or a function of your own as evaluate")
         # A loop brings its own inputs; one input is needed all the same to measure latency.
@@ -262,7 +265,7 @@ class QuantizationObjective:
                 "none; give a metric of your own"
             )
         self.goals = Goals(tuple(objectives), max_accuracy_drop, max_latency, max_size)
-        if "latency" in self.goals.objectives or max_latency is not None:
+        if self.goals.needs_latency:
             self.target.check_latency()
         if max_accuracy_drop is not None and self.metric == "sqnr_db":
             raise InputError(
@@ -298,6 +301,7 @@ class QuantizationObjective:
             cache=None if cache is None else Path(cache),
             progress=self.progress,
         )
+        self._threads = threads
         self._lock = threading.RLock()
 
     @property
@@ -378,6 +382,8 @@ class QuantizationObjective:
         ]
         if self.goals.bounds:  # a trial keeps by how much it breaks those that it was measured for
             parts.append(self.goals.bounds)
+        if self.goals.needs_latency and self._threads is not None:
+            parts.append({"threads": self._threads})
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def features(self, params: Mapping[str, Any]) -> dict[str, float]:
@@ -407,7 +413,7 @@ class QuantizationObjective:
             features["expected_agreement"] = self._expected_agreement(prediction)
         goals = self.goals
         wanted = {*goals.objectives}
-        wanted |= {"latency"} if goals.max_latency is not None else set()
+        wanted |= {"latency"} if goals.needs_latency else set()
         wanted |= {"size"} if goals.max_size is not None else set()
         priors = {
             "accuracy": self._expected(prediction),
@@ -512,7 +518,10 @@ class QuantizationObjective:
 
     def _run_trial(self, trial: Trial, config: QuantizationConfig) -> float | tuple[float, ...]:
         start = time.perf_counter()
-        quantized = self.quantize(config)
+        try:
+            quantized = self.quantize(config)
+        except InputError as error:  # of this configuration alone, as all can be built from these
+            raise RuntimeError(str(error)) from error
         seconds = {"build": time.perf_counter() - start}
         trial.set_user_attr("config", dataclasses.asdict(config))
         trial.set_user_attr("digest", quantized.digest)
@@ -784,6 +793,17 @@ class QuantizationObjective:
     @cached_property
     def _agreement(self) -> AgreementModel:
         return AgreementModel(class_scores(self.float_evaluation.outputs))
+
+
+def _without_bias_correction(space: SearchSpace) -> SearchSpace:
+    """What calibration inputs of several shapes allow, which have no mean."""
+    knob = "bias_correction"
+    if knob not in space:
+        return space
+    given = space[knob]
+    if not isinstance(given, CategoricalDistribution) or False not in given.choices:
+        raise InputError(f"knob {knob!r}: needs calibration inputs of one shape; leave it out")
+    return SearchSpace({**space, knob: CategoricalDistribution([False])})
 
 
 def _finished_twin(trial: Trial, digest: str) -> FrozenTrial | None:

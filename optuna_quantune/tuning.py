@@ -406,11 +406,10 @@ def _preference(objective: QuantizationObjective) -> Preference:
     bounded = goals.max_latency is not None or goals.max_size is not None
     if bounded and goals.max_accuracy_drop is None:
         return "accuracy"
-    latency = "latency" in goals.objectives or goals.max_latency is not None
     size = "size" in goals.objectives or goals.max_size is not None
     if not objective.target.measures_latency:
         return "size"
-    return "size" if size and not latency else "latency"
+    return "size" if size and not goals.needs_latency else "latency"
 
 
 def _missed(

@@ -12,12 +12,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 from onnx import numpy_helper
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.evaluation.chosen_metric import MetricName
 from optuna_quantune.evaluation.dataset import ArrayFile
 from optuna_quantune.evaluation.dataset import ArrayInputs
+from optuna_quantune.evaluation.dataset import ReaderInputs
 from optuna_quantune.goals import DROP_CONSTRAINT
 from optuna_quantune.objective import QuantizationObjective
 from optuna_quantune.objective import TrialFailure
@@ -437,6 +439,65 @@ def test_labels_that_are_no_classes_are_refused_where_classes_are_needed(
     )
     with pytest.raises(InputError, match="array of float64 .* a metric of your own"):
         objective.prepare()
+
+
+def images_of_two_sizes(toy_model: Path, folder: Path) -> dict[str, Any]:
+    """The toy model with free sizes, and inputs of two."""
+    model = onnx.load(toy_model)
+    for dimension in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dimension.Clear()
+    onnx.save(model, folder / "free.onnx")
+    rng = np.random.default_rng(0)
+    size = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+
+    class Reader:
+        def __init__(self) -> None:
+            self.left = iter([rng.normal(size=(1, size, n, n)) for n in (12, 16) * 20])
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            image = next(self.left, None)
+            return None if image is None else {"input": image.astype(np.float32)}
+
+    inputs = ReaderInputs(Reader())
+    return {"model": folder / "free.onnx", "calibration": inputs, "evaluation": inputs}
+
+
+def test_inputs_of_several_shapes_have_no_bias_correction(toy_model: Path, tmp_path: Path) -> None:
+    task = images_of_two_sizes(toy_model, tmp_path)
+    objective = QuantizationObjective(
+        **task, space=SearchSpace.preset("extended"), metric="sqnr_db", cache=None
+    )
+    assert objective.space["bias_correction"] == CategoricalDistribution([False])
+    assert enqueued(objective, weight_rounding="compensated").state is TrialState.COMPLETE
+    with pytest.raises(InputError, match="'bias_correction': needs calibration inputs of one"):
+        QuantizationObjective(**task, space=SearchSpace({"bias_correction": [True]}))
+
+
+def test_what_cannot_be_built_fails_its_trial_alone(
+    objective: QuantizationObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: object) -> None:
+        raise InputError("knob 'scheme': not here")
+
+    monkeypatch.setattr(objective, "quantize", refuse)
+    study = optuna.create_study(direction="maximize")
+    study.optimize(objective, n_trials=1, catch=(TrialFailure,))
+    (trial,) = study.trials
+    assert trial.state is TrialState.FAIL
+    assert "knob 'scheme': not here" in trial.user_attrs["error"]
+
+
+def test_latencies_of_other_threads_are_another_task(
+    toy_model: Path, toy_inputs: NDArray[np.float32]
+) -> None:
+    def fingerprint(**options: Any) -> str:
+        inputs = ArrayInputs(toy_inputs)
+        task = {"calibration": inputs, "evaluation": inputs, "cache": None}
+        return QuantizationObjective(toy_model, **task, **options).fingerprint
+
+    assert fingerprint(threads=1) == fingerprint(threads=2)
+    one, two = (fingerprint(threads=threads, max_latency=0.9) for threads in (1, 2))
+    assert one != two
 
 
 @pytest.mark.parametrize(
