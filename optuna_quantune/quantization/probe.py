@@ -458,7 +458,7 @@ class _Effect:
 
 
 class _Outputs:
-    """What errors change in the outputs of a model."""
+    """What errors change in the outputs of a model, where the float model gives numbers."""
 
     def __init__(self, model: DisturbableModel) -> None:
         self._model = model
@@ -471,7 +471,7 @@ class _Outputs:
 
     def add(self, batch: _Batch) -> None:
         """Takes the outputs of undisturbed inputs into account."""
-        powers = [_powers(batch.rows(name)) for name in self._model.names]
+        powers = [_powers(_numbers(batch.rows(name))) for name in self._model.names]
         self._powers.extend(np.stack(powers, axis=1))
 
     def joint(self, powers: NDArray[np.float64]) -> float:
@@ -491,16 +491,28 @@ class _Outputs:
             return _Effect(error, 0.0, np.zeros(len(names)), np.zeros(len(names)))
         disturbed = self._model.run(disturbance, batch.values)
         _check_shapes(names, disturbed, batch.values)
-        references = [batch.rows(name) for name in names]
+        floats = [batch.rows(name) for name in names]
+        references = [_numbers(rows) for rows in floats]
         changes = [
-            _limited(batch.rows(name, after) - before, before)
-            for name, after, before in zip(names, disturbed, references, strict=True)
+            _limited(_numbers(batch.rows(name, after), rows) - before, before)
+            for name, after, rows, before in zip(names, disturbed, floats, references, strict=True)
         ]
         # Beside others, an input without an error changes by what the order of sums does to it.
         powers = np.array([_powers(change) for change in changes]) * (power_in > 0.0)
         scaling = _scaling(changes[0], references[0])
         share = np.divide(scaling, powers[0], out=np.zeros(batch.size), where=powers[0] > 0.0)
         return _Effect(error, float(power_in.sum()), powers.sum(axis=1), powers @ share)
+
+
+def _numbers(
+    rows: NDArray[np.float32], reference: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Rows with 0 where the reference, by default they themselves, is infinite, as behind a mask.
+
+    The measured noise leaves these values out, too.
+    """
+    known = np.isfinite(rows if reference is None else reference)
+    return rows if known.all() else np.where(known, rows, np.float32(0.0))
 
 
 def _limited(change: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -153,3 +153,50 @@ def test_a_table_keeps_all_its_values_whatever_calibration_looks_up(
     measured = objective.evaluate(proto).measurement.sqnr_db
     assert measured is not None
     assert predicted == pytest.approx(measured, abs=6.0)
+
+
+def masked_logits(folder: Path) -> Path:
+    """Products of queries and keys, with minus infinity for the tokens behind each."""
+    rng = np.random.default_rng(4)
+    constants = {
+        "wq": rng.normal(0.0, 0.25, (WIDTH, WIDTH)),
+        "wk": rng.normal(0.0, 0.25, (WIDTH, WIDTH)),
+        "mask": np.triu(np.full((TOKENS, TOKENS), -np.inf), 1),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "wq"], ["q"], name="query"),
+        helper.make_node("MatMul", ["x", "wk"], ["k"], name="key"),
+        helper.make_node("Transpose", ["k"], ["kt"], name="turn", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "kt"], ["scores"], name="product"),
+        helper.make_node("Add", ["scores", "mask"], ["y"], name="masking"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "masked",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", TOKENS, WIDTH])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", TOKENS, TOKENS])],
+        [numpy_helper.from_array(v.astype(np.float32), name) for name, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    path = folder / "masked.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_infinite_outputs_count_neither_as_signal_nor_as_noise(tmp_path: Path) -> None:
+    inputs = np.random.default_rng(5).normal(size=(96, TOKENS, WIDTH)).astype(np.float32)
+    objective = QuantizationObjective(
+        masked_logits(tmp_path),
+        calibration=ArrayInputs(inputs),
+        evaluation=ArrayInputs(inputs),
+        metric="sqnr_db",
+        cache=None,
+    )
+    for granularity in ("tensor", "channel"):
+        knobs = {"granularity": granularity, "calibration_images": "all"}
+        config = QuantizationConfig.from_dict(dict(knobs))
+        measured = objective.evaluate(objective.quantize(config).proto).measurement.sqnr_db
+        assert measured is not None
+        features = objective.features(dict(knobs))
+        assert all(np.isfinite(value) for value in features.values())
+        assert features["predicted_sqnr_db"] == pytest.approx(measured, abs=1.0)
