@@ -24,8 +24,10 @@ from optuna_quantune.quantization.config import ALL_IMAGES
 from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.graph import attribute_of
+from optuna_quantune.quantization.graph import GraphView
 from optuna_quantune.quantization.measurable_outputs import measurable_outputs
 from optuna_quantune.quantization.model import Layer
+from optuna_quantune.quantization.placement import MOVING_OPS
 from optuna_quantune.quantization.placement import statistics_sources
 from optuna_quantune.quantization.probe import Probe
 from optuna_quantune.quantization.probe import PROBED
@@ -204,11 +206,6 @@ class NoiseModel:
         self._quantized: dict[
             tuple[tuple[str, ...], Fusion], tuple[Mapping[str, float], tuple[str, ...]]
         ] = {}
-        self._averages = {
-            node.output[0]: float(np.prod(attribute_of(node, "kernel_shape")))
-            for node in quantizer.model.proto.graph.node
-            if node.op_type == "AveragePool"
-        }
         self._probed_errors = self._errors_of_weights(PROBED)
 
     def predict(self, config: QuantizationConfig) -> NoisePrediction:
@@ -294,11 +291,12 @@ class NoiseModel:
             placement = self._quantizer.placement(float_layers, fusion)
             of_scale = {site.scale: site.statistics for site in placement.activations}
             times = dict.fromkeys(of_scale.values(), 0.0)
+            view = GraphView(placement.template.graph)
             for node in placement.template.graph.node:
                 if node.op_type == "QuantizeLinear":
-                    tensor, taps = of_scale[node.input[1]], self._averages.get(node.input[0])
+                    tensor, taps = of_scale[node.input[1]], _taps(node.input[0], view)
                     times[tensor] = (
-                        max(times[tensor], 1.0) if taps is None else times[tensor] + taps
+                        max(times[tensor], 1.0) if taps == 1.0 else times[tensor] + taps
                     )
             self._quantized[key] = (
                 times,
@@ -400,6 +398,16 @@ class NoiseModel:
                 self._probe.channel_power[layer.name],
             )
         return self._layer_errors[key]
+
+
+def _taps(tensor: str, view: GraphView) -> float:
+    """Over how many values one value of a tensor is the average, since they were rounded."""
+    taps = 1.0
+    while (writer := view.writers.get(tensor)) is not None and writer.op_type in MOVING_OPS:
+        if writer.op_type == "AveragePool":
+            taps *= float(np.prod(attribute_of(writer, "kernel_shape")))
+        tensor = writer.input[0]
+    return taps
 
 
 def _ends(parameters: QuantizationParameters) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from onnx import helper
 from onnx import numpy_helper
 from scipy.stats import spearmanr
 
+from optuna_quantune.evaluation.metrics import sqnr_db
 from optuna_quantune.quantization.config import Clipping
 from optuna_quantune.quantization.config import Granularity
 from optuna_quantune.quantization.config import MixedPrecision
@@ -339,3 +340,45 @@ def test_what_is_cut_off_of_one_input_alone_confuses_less_than_its_power(
     whole = noise.predict(QuantizationConfig(clipping="max"))
     assert len(whole.uneven) == 0
     assert whole.confusing == pytest.approx(whole.linear, rel=1e-3)
+
+
+@pytest.mark.parametrize("chosen", [(), ("second",), ("first", "second")])
+def test_an_average_is_rounded_where_it_is_read_behind_a_flatten(
+    chosen: tuple[str, ...],
+    tmp_path: Path,
+    make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
+    run: Callable[..., NDArray[np.float32]],
+) -> None:
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["input", "w1"], ["c1"], "first", pads=[1] * 4),
+        helper.make_node("Relu", ["c1"], ["r1"], "relu"),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], "second", pads=[1] * 4),
+        helper.make_node("AveragePool", ["c2"], ["a"], "average", kernel_shape=[8, 8]),
+        helper.make_node("Flatten", ["a"], ["f"], "flatten"),
+        helper.make_node("Gemm", ["f", "w3"], ["logits"], "third"),
+    ]
+    weights = {
+        "w1": rng.normal(0.0, 0.3, (8, 3, 3, 3)),
+        "w2": rng.normal(0.0, 0.2, (32, 8, 3, 3)),
+        "w3": rng.normal(0.0, 0.3, (32, 10)),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "average",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 10])],
+        [numpy_helper.from_array(value.astype(np.float32), n) for n, value in weights.items()],
+    )
+    path = tmp_path / "model.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    inputs = rng.standard_normal((64, 3, 8, 8)).astype(np.float32)
+    quantizer = make_quantizer(load_float_model(path), inputs)
+    noise = NoiseModel(quantizer, probe(quantizer, [{"input": x[None]} for x in inputs[:16]]))
+    config = QuantizationConfig()
+    predicted = noise.predict_layers(config, chosen).features()["predicted_sqnr_db"]
+    reference = run(quantizer.model.proto, inputs)
+    quantizer.float_layers = lambda config: chosen  # type: ignore[method-assign]
+    outputs = run(quantizer.quantize(config).proto, inputs)
+    assert predicted == pytest.approx(sqnr_db(outputs, reference), abs=1.5)
