@@ -52,7 +52,7 @@ MINIMUM_OPSET: Final = 13
 # The last opset in which a Resize, or Upsample, has no other way to find places.
 _OPSET_OF_ASYMMETRIC_RESIZE: Final = 10
 # What gives values of a constant as they are, with its one scale.
-_LOOKING_UP: Final = ("Gather", "GatherElements")
+LOOKUP_OPS: Final = ("Gather", "GatherElements")
 # Constants need not be inputs of the graph, too, since this version of the format.
 _IR_OF_FIXED_CONSTANTS: Final = 4
 # What ONNX Runtime's quantizer appends to the name of a tensor.
@@ -455,7 +455,7 @@ def _separate_weights(graph: onnx.GraphProto) -> None:
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
     names: dict[tuple[str, str, int, int], str] = {}
-    taken = {node.input[0] for node in graph.node if node.op_type in _LOOKING_UP}
+    taken = {node.input[0] for node in graph.node if node.op_type in LOOKUP_OPS}
     for node in graph.node:
         weight = constants.get(node.input[1]) if len(node.input) > 1 else None
         if node.op_type not in WEIGHTED_OPS or weight is None:

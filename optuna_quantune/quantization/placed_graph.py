@@ -22,6 +22,7 @@ from optuna_quantune.quantization.node_time import sizes_of
 from optuna_quantune.quantization.noise import NoisePrediction
 from optuna_quantune.quantization.placement import ACTIVATION_OPS
 from optuna_quantune.quantization.placement import FLOAT_RESULT_OPS
+from optuna_quantune.quantization.placement import looks_up
 from optuna_quantune.quantization.placement import MOVING_OPS
 from optuna_quantune.quantization.placement import Placement
 
@@ -102,7 +103,12 @@ class PlacedGraph:
         """
         proto = model.proto.graph
         sizes = sizes_of(proto)
-        of_site = {site.tensor: site.statistics for site in placement.activations}
+        view = GraphView(proto)
+        # What is looked up in a table counts, not the table.
+        of_site = {
+            site.statistics if site.tensor in view.constants else site.tensor: site.statistics
+            for site in placement.activations
+        }
         template = placement.template.graph
         dequantized = {n.output[0] for n in template.node if n.op_type == "DequantizeLinear"}
         integer = {n.name for n in template.node if dequantized.intersection(n.input)}
@@ -118,7 +124,6 @@ class PlacedGraph:
         nodes: dict[str, PlacedNode] = {}
         passed_on: dict[str, str] = {}  # through nodes that only move or cut values
         rest = rest_in_float = 0.0
-        view = GraphView(proto)
         for node in proto.node:
             keys = []
             for name in node.input:
@@ -137,7 +142,8 @@ class PlacedGraph:
             reader = view.sole_reader(node.output[0])
             clipped = reader is not None and reader.op_type == "Clip"
             float_time = node_time(node, model, sizes, "float", clipped=clipped)
-            if node.name not in integer or written is None or not keys:
+            reads_integers = bool(keys) or looks_up(node, view.constants)
+            if node.name not in integer or written is None or not reads_integers:
                 rest_in_float += float_time
                 rest += (
                     node_time(node, model, sizes, "int8") if node.op_type == "LRN" else float_time

@@ -13,11 +13,13 @@ Runtime's integer kernel rounds down and is slower than the float one. So is an 
 and one with dilations, which it does not know.
 
 Nodes that stay in float lose their pairs afterwards (`keep_float`), as with the option
-``nodes_to_exclude``, but for three things in which that loses accuracy or time: a float node reads
+``nodes_to_exclude``, but for four things in which that loses accuracy or time: a float node reads
 what a float node before it wrote, not the rounded copy that an integer neighbour of it needs;
 nodes that only move values behind a float node are computed in float too, because ONNX Runtime's
-integer MaxPool without a quantized convolution around it is some 30 times slower; and the product
-of the last layer need not be rounded to 8 bits before it leaves the model.
+integer MaxPool without a quantized convolution around it is some 30 times slower; the product of
+the last layer need not be rounded to 8 bits before it leaves the model; and what is looked up in a
+table of integers keeps its pair, without which all of the table is dequantized in each run, some
+100 times slower with 30,000 words.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Container
 from collections.abc import Sequence
 from collections.abc import Set
 from dataclasses import dataclass
@@ -56,6 +59,7 @@ from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import sort_nodes
 from optuna_quantune.quantization.model import check_node_names
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import LOOKUP_OPS
 from optuna_quantune.quantization.model import NORMALIZATION_OPS
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 from optuna_quantune.quantization.observation import is_finite
@@ -236,6 +240,11 @@ def stays_float(node: onnx.NodeProto, float_nodes: Set[str]) -> bool:
     return node.name in float_nodes or node.op_type not in _QUANTIZED_OPS
 
 
+def looks_up(node: onnx.NodeProto, constants: Container[str]) -> bool:
+    """Whether a node gives values of a table that is among `constants`."""
+    return node.op_type in LOOKUP_OPS and node.input[0] in constants
+
+
 def nodes_around(graph: onnx.GraphProto, tensor: str) -> list[onnx.NodeProto]:
     """The node that writes a tensor and those that read it, also where it is only moved."""
     view = GraphView(graph)
@@ -337,7 +346,7 @@ class _Pairs:
         activations = [name for name in node.input if name in self.nodes]
         if node.op_type in ACTIVATION_OPS:
             return any(self.stay(name) for name in activations)
-        return bool(activations)
+        return bool(activations) or looks_up(node, self.constants)
 
 
 def _with_moving_nodes(graph: onnx.GraphProto, float_nodes: Sequence[str]) -> set[str]:

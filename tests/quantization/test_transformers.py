@@ -155,6 +155,55 @@ def test_a_table_keeps_all_its_values_whatever_calibration_looks_up(
     assert predicted == pytest.approx(measured, abs=6.0)
 
 
+@pytest.mark.parametrize("chosen", [("project",), ("mean", "project"), ("lookup", "project")])
+def test_a_table_has_its_noise_also_where_float_nodes_read_it(
+    chosen: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.random.default_rng(3).integers(0, 50, size=(96, TOKENS))
+    objective = QuantizationObjective(
+        looked_up(tmp_path),
+        calibration=ArrayInputs(ids),
+        evaluation=ArrayInputs(ids),
+        metric="sqnr_db",
+        cache=None,
+    )
+    monkeypatch.setattr(objective.quantizer, "float_layers", lambda config: chosen)
+    knobs = {"calibration_images": "all"}
+    proto = objective.quantize(QuantizationConfig.from_dict(dict(knobs))).proto
+    measured = objective.evaluate(proto).measurement.sqnr_db
+    predicted = objective.features(dict(knobs))["predicted_sqnr_db"]
+    integers = {tensor.name for tensor in proto.graph.initializer} & {"table_quantized"}
+    assert bool(integers) == ("lookup" not in chosen)
+    # Nothing but the table is rounded, and not all of it is dequantized.
+    (lookup,) = (node for node in proto.graph.node if node.op_type == "Gather")
+    (reader,) = (node for node in proto.graph.node if lookup.output[0] in node.input)
+    assert (reader.op_type == "QuantizeLinear") == bool(integers)
+    assert measured is not None
+    if integers:
+        assert predicted == pytest.approx(measured, abs=1.0)
+    else:
+        assert min(predicted, measured) > 100.0
+
+
+def test_a_table_is_in_the_order_of_float_layers(tmp_path: Path) -> None:
+    ids = np.random.default_rng(3).integers(0, 50, size=(96, TOKENS))
+    objective = QuantizationObjective(
+        looked_up(tmp_path),
+        calibration=ArrayInputs(ids),
+        evaluation=ArrayInputs(ids),
+        metric="sqnr_db",
+        cache=None,
+    )
+    graph = objective.placed_graph
+    assert {"lookup", "project"} <= graph.nodes.keys()
+    whole = graph.noise(frozenset())
+    assert graph.noise(frozenset({"lookup", "project"})) < 0.5 * whole
+    project = graph.noise(frozenset({"project"}))
+    assert project - graph.noise(frozenset({"lookup", "project"})) == pytest.approx(
+        graph.tensors["embedded"].noise
+    )
+
+
 def masked_logits(folder: Path) -> Path:
     """Products of queries and keys, with minus infinity for the tokens behind each."""
     rng = np.random.default_rng(4)
