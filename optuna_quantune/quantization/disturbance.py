@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -93,6 +94,9 @@ class DisturbableModel:
         self._inputs = [spec.name for spec in model.inputs]
         begins = (name for part in parts for name in part.inputs)
         self._layers = _ChangedLayers(model, changes, weights)
+        self._model = model
+        self._changes = {change.nodes[0].name: change for change in changes}
+        self._alone: dict[str, _ChangedLayers] = {}
         needed = dict.fromkeys([*self.names, *disturbed, *begins, *self._layers.inputs])
         self._disturbed = disturbed
         self._needed = [name for name in needed if name not in self._inputs]
@@ -121,6 +125,35 @@ class DisturbableModel:
             values: Of the undisturbed input.
         """
         return self._layers.errors(tuple(weights), values)
+
+    def changes_of_layer(
+        self, layer: str, disturbance: Disturbance, values: Values
+    ) -> Disturbance:
+        """What an error in the input of a layer changes that no other reader of that input sees.
+
+        Args:
+            layer: Name of one of the `side_readers` of the tensor.
+            disturbance: The error in its input.
+            values: Of the undisturbed input of the model.
+        """
+        change, tensor = self._changes[layer], disturbance.tensor
+        if layer not in self._alone:
+            weights = {change.weight: self._model.weights[change.weight]}
+            self._alone[layer] = _ChangedLayers(self._model, [change], weights)
+        disturbed = {**values, tensor: values[tensor] + disturbance.error}
+        (found,) = self._alone[layer].errors((change.weight,), disturbed)[change.weight]
+        return found
+
+    def side_readers(self, tensors: Container[str]) -> dict[str, list[str]]:
+        """Names of the layers that read each of some tensors, once, beside other nodes."""
+        view = GraphView(self._model.proto.graph)
+        found: dict[str, list[str]] = {}
+        for name, change in self._changes.items():
+            tensor = change.nodes[0].input[0]
+            times = sum(list(node.input).count(tensor) for node in change.nodes)
+            if tensor in tensors and view.sole_reader(tensor) is None and times == 1:
+                found.setdefault(tensor, []).append(name)
+        return found
 
     def run(self, disturbance: Disturbance, values: Values) -> list[NDArray[np.float32]]:
         """The outputs `names` when there is an error in one tensor.

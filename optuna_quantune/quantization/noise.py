@@ -12,10 +12,12 @@ change depends on how clipping is spread over them, too (`uneven_clipping.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
 from typing import Final
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ from optuna_quantune.quantization.config import Fusion
 from optuna_quantune.quantization.config import QuantizationConfig
 from optuna_quantune.quantization.graph import attribute_of
 from optuna_quantune.quantization.graph import GraphView
+from optuna_quantune.quantization.graph import PAIR_OPS
 from optuna_quantune.quantization.measurable_outputs import measurable_outputs
 from optuna_quantune.quantization.model import Layer
 from optuna_quantune.quantization.placement import MOVING_OPS
@@ -43,6 +46,8 @@ from optuna_quantune.quantization.uneven_clipping import shares_of_inputs
 ADDITIVE: Final = 0.1
 # An activation whose clipping is a smaller share of what all contribute counts as clipped evenly.
 _NEGLIGIBLE: Final = 0.001
+# Behind them are the values of a tensor, or averages of them.
+_PASSING_ON: Final = MOVING_OPS.union(PAIR_OPS)
 # The share of clipping in the noise from which a simulation clips, too.
 _MOSTLY: Final = 0.5
 
@@ -170,6 +175,19 @@ class _Activations:
     highest_output: float
 
 
+class _Rounded(NamedTuple):
+    """How a placement rounds a tensor.
+
+    Attributes:
+        share: What of the tensor's error comes out behind the readers that it is rounded for, 0 to
+            1: a float node reads what a float node wrote as it is.
+        times: How often that counts, with what averages of the tensor lose.
+    """
+
+    share: float
+    times: float
+
+
 class NoiseModel:
     """Predicts the noise of any configuration that a quantizer can build.
 
@@ -204,7 +222,7 @@ class NoiseModel:
         self._layer_errors: dict[tuple[str, bytes, bytes], tuple[float, float]] = {}
         self._saturations: dict[QuantizationConfig, Saturation] = {}
         self._quantized: dict[
-            tuple[tuple[str, ...], Fusion], tuple[Mapping[str, float], tuple[str, ...]]
+            tuple[tuple[str, ...], Fusion], tuple[Mapping[str, _Rounded], tuple[str, ...]]
         ] = {}
         self._probed_errors = self._errors_of_weights(PROBED)
 
@@ -226,13 +244,17 @@ class NoiseModel:
         tensors, names = self._quantized_tensors(float_layers, config.fusion)
         activations = self._activation_noise(config)
         weights = self._weight_noise(config)
-        clipping = {tensor: activations.clipping[tensor] for tensor in tensors}
-        uneven = [of_inputs for t, of_inputs in activations.uneven.items() if t in tensors]
+        clipping = {t: r.share * activations.clipping[t] for t, r in tensors.items()}
+        uneven = [
+            tensors[tensor].share * of_inputs
+            for tensor, of_inputs in activations.uneven.items()
+            if tensor in tensors
+        ]
         return NoisePrediction(
-            rounding={t: times * activations.rounding[t] for t, times in tensors.items()},
+            rounding={t: r.times * activations.rounding[t] for t, r in tensors.items()},
             clipping=clipping,
             weights={name: weights[name] for name in names},
-            scaling={tensor: activations.scaling[tensor] for tensor in tensors},
+            scaling={t: r.share * activations.scaling[t] for t, r in tensors.items()},
             highest=activations.highest_output if self._output in clipping else np.inf,
             uneven=np.sum(uneven, axis=0) if uneven else np.zeros(0),
         )
@@ -280,8 +302,8 @@ class NoiseModel:
 
     def _quantized_tensors(
         self, float_layers: tuple[str, ...], fusion: Fusion
-    ) -> tuple[Mapping[str, float], tuple[str, ...]]:
-        """Activations with how often each is rounded, and weights.
+    ) -> tuple[Mapping[str, _Rounded], tuple[str, ...]]:
+        """Activations with how they are rounded, and weights.
 
         A Relu and its input are rounded alike, which counts once. An average is rounded again, and
         is as many times as sensitive as values are averaged: their own errors level out.
@@ -290,19 +312,41 @@ class NoiseModel:
         if key not in self._quantized:
             placement = self._quantizer.placement(float_layers, fusion)
             of_scale = {site.scale: site.statistics for site in placement.activations}
-            times = dict.fromkeys(of_scale.values(), 0.0)
+            shares: dict[str, float] = {}
+            averages = dict.fromkeys(of_scale.values(), 0.0)
             view = GraphView(placement.template.graph)
             for node in placement.template.graph.node:
                 if node.op_type == "QuantizeLinear":
-                    tensor, taps = of_scale[node.input[1]], _taps(node.input[0], view)
-                    times[tensor] = (
-                        max(times[tensor], 1.0) if taps == 1.0 else times[tensor] + taps
-                    )
+                    tensor = of_scale[node.input[1]]
+                    origin, taps = _origin(node.input[0], view)
+                    if taps > 1.0:
+                        averages[tensor] += taps
+                    else:
+                        share = self._share(tensor, *_readers(origin, view))
+                        shares[tensor] = max(shares.get(tensor, 0.0), share)
             self._quantized[key] = (
-                times,
+                {
+                    tensor: _Rounded(shares.get(tensor, 1.0), shares.get(tensor, 0.0) + taps)
+                    for tensor, taps in averages.items()
+                },
                 tuple(s.tensor for s in placement.constants if s.tensor in self._layers),
             )
         return self._quantized[key]
+
+    def _share(self, tensor: str, exact: Set[str], rounded: Set[str]) -> float:
+        """Which share of an error in a tensor comes out behind the readers that it is rounded for.
+
+        Known of layers alone: where another node is among those, all of it counts.
+
+        Args:
+            tensor: A tensor with statistics.
+            exact: Names of the nodes, and outputs, that read it as it is.
+            rounded: Names of those that read it rounded.
+        """
+        gains, of_layers = self._probe.rounding_gain[tensor].gains, self._probe.layer_gain[tensor]
+        if not exact or len(gains) == 0 or not rounded <= of_layers.keys():
+            return 1.0
+        return min(1.0, sum(of_layers[name] for name in rounded) / float(gains[0]))
 
     def _activation_noise(self, config: QuantizationConfig) -> _Activations:
         key = replace(
@@ -400,14 +444,38 @@ class NoiseModel:
         return self._layer_errors[key]
 
 
-def _taps(tensor: str, view: GraphView) -> float:
-    """Over how many values one value of a tensor is the average, since they were rounded."""
-    taps = 1.0
-    while (writer := view.writers.get(tensor)) is not None and writer.op_type in MOVING_OPS:
-        if writer.op_type == "AveragePool":
+def _origin(tensor: str, view: GraphView) -> tuple[str, float]:
+    """Where the values of a tensor were computed, before they were moved, averaged or rounded.
+
+    Also over how many values one of its values is the average, since they were rounded.
+    """
+    taps, is_rounded = 1.0, False
+    while (writer := view.writers.get(tensor)) is not None and writer.op_type in _PASSING_ON:
+        is_rounded |= writer.op_type == "DequantizeLinear"
+        if writer.op_type == "AveragePool" and not is_rounded:
             taps *= float(np.prod(attribute_of(writer, "kernel_shape")))
         tensor = writer.input[0]
-    return taps
+    return tensor, taps
+
+
+def _readers(tensor: str, view: GraphView) -> tuple[set[str], set[str]]:
+    """Names of the nodes, and outputs, that read a tensor as it is, and of those rounded.
+
+    Also behind nodes that only move values.
+    """
+    exact = {tensor} & view.outputs
+    rounded: set[str] = set()
+    for reader in view.readers.get(tensor, []):
+        if reader.op_type not in _PASSING_ON:
+            exact.add(reader.name)
+            continue
+        exact_behind, rounded_behind = _readers(reader.output[0], view)
+        if reader.op_type == "QuantizeLinear":
+            rounded |= exact_behind
+        else:
+            exact |= exact_behind
+        rounded |= rounded_behind
+    return exact, rounded
 
 
 def _ends(parameters: QuantizationParameters) -> tuple[float, float]:

@@ -115,7 +115,9 @@ class Probe:
     Attributes:
         rounding_gain: For each tensor the power at the output for a power of 1 of the error that
             rounding makes in it, by the step.
-        clipping_gain: The same for the error that clipping makes, below the range and above it:
+        layer_gain: The same, with the smallest step, when one layer alone sees the error: for each
+            tensor by the names of layers that read it beside other nodes.
+        clipping_gain: That power for the error that clipping makes, below the range and above it:
             what HardSwish or GELU read is large in both directions, and means nothing in one.
         clipping_scaling: For each tensor the shares of these powers, 0 to 1, which only scale the
             output and so change no prediction.
@@ -131,6 +133,7 @@ class Probe:
     """
 
     rounding_gain: Mapping[str, GainOfStep]
+    layer_gain: Mapping[str, Mapping[str, float]]
     clipping_gain: Mapping[str, Sides]
     clipping_scaling: Mapping[str, Sides]
     weight_noise: Mapping[str, float]
@@ -180,7 +183,8 @@ def probe(
     schemes = _SCHEMES[:1] if spared else _SCHEMES
     steps = {scheme: _steps(quantizer, scheme) for scheme in schemes}
     rounding = {scheme: _Gains(outputs) for scheme in schemes}
-    single = _Gains(outputs)
+    single, alone = _Gains(outputs), _Gains(outputs)
+    side_readers = disturbable.side_readers(set(tensors))
     clipping, tail = ([_Gains(outputs) for _ in Sides._fields] for _ in range(2))
     begun: list[tuple[list[str], _Batch]] = []
 
@@ -194,6 +198,12 @@ def probe(
                 for scheme, gains in rounding.items():
                     error = _rounding_error(batch.values[tensor], steps[scheme][tensor])
                     yield _Error(gains, tensor, Disturbance(tensor, error), batch)
+                for layer in side_readers.get(tensor, ()):
+                    error = _rounding_error(batch.values[tensor], steps[_SCHEMES[0]][tensor])
+                    power = float(_powers(batch.rows(tensor, error)).mean())
+                    seen = Disturbance(tensor, error)
+                    change = disturbable.changes_of_layer(layer, seen, batch.values)
+                    yield _Error(alone, layer, change, batch, power)
             turn = _due(list(weights), done, repeats, len(feeds))
             for weight, changes in disturbable.changes(turn, batch.values).items():
                 for change in changes:
@@ -236,6 +246,10 @@ def probe(
             tensor: GainOfStep.of(
                 {steps[scheme][tensor]: gains.gain(tensor) for scheme, gains in rounding.items()}
             )
+            for tensor in tensors
+        },
+        layer_gain={
+            tensor: {layer: alone.gain(layer) for layer in side_readers.get(tensor, ())}
             for tensor in tensors
         },
         clipping_gain={t: Sides(*(side.gain(t) for side in clipping)) for t in tensors},

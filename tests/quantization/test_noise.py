@@ -382,3 +382,58 @@ def test_an_average_is_rounded_where_it_is_read_behind_a_flatten(
     quantizer.float_layers = lambda config: chosen  # type: ignore[method-assign]
     outputs = run(quantizer.quantize(config).proto, inputs)
     assert predicted == pytest.approx(sqnr_db(outputs, reference), abs=1.5)
+
+
+def normalized_blocks(blocks: int) -> onnx.ModelProto:
+    """Each normalizes the sum of what it reads and of what two layers make of it."""
+    rng = np.random.default_rng(0)
+    nodes = [helper.make_node("MatMul", ["input", "w"], ["sum_0"], "embed")]
+    values = {"w": rng.normal(0.0, 0.25, (16, 16)), "head": rng.normal(0.0, 0.25, (16, 5))}
+    for i in range(blocks + 1):
+        values |= {f"gain_{i}": rng.uniform(0.5, 1.5, 16), f"bias_{i}": rng.normal(0.0, 0.1, 16)}
+        norm = [f"sum_{i}", f"gain_{i}", f"bias_{i}"]
+        nodes.append(helper.make_node("LayerNormalization", norm, [f"n_{i}"], f"norm_{i}"))
+        if i < blocks:
+            values |= {f"up_{i}": rng.normal(0.0, 0.25, (16, 32))}
+            values |= {f"down_{i}": rng.normal(0.0, 0.05, (32, 16))}
+            nodes += [
+                helper.make_node("MatMul", [f"n_{i}", f"up_{i}"], [f"h_{i}"], f"up_{i}"),
+                helper.make_node("Relu", [f"h_{i}"], [f"r_{i}"], f"relu_{i}"),
+                helper.make_node("MatMul", [f"r_{i}", f"down_{i}"], [f"d_{i}"], f"down_{i}"),
+                helper.make_node("Add", [f"n_{i}", f"d_{i}"], [f"sum_{i + 1}"], f"add_{i}"),
+            ]
+    nodes.append(helper.make_node("MatMul", [f"n_{blocks}", "head"], ["logits"], "head"))
+    graph = helper.make_graph(
+        nodes,
+        "normalized",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 6, 16])],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 6, 5])],
+        [numpy_helper.from_array(value.astype(np.float32), n) for n, value in values.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_what_float_nodes_read_as_it_is_counts_for_layers_that_read_it_rounded(
+    tmp_path: Path,
+    make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
+    run: Callable[..., NDArray[np.float32]],
+) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(normalized_blocks(2), path)
+    inputs = np.random.default_rng(1).standard_normal((64, 6, 16)).astype(np.float32)
+    quantizer = make_quantizer(load_float_model(path), inputs)
+    noise = NoiseModel(quantizer, probe(quantizer, [{"input": x[None]} for x in inputs[:16]]))
+    config = QuantizationConfig()
+    reference = run(quantizer.model.proto, inputs)
+    floats = [n.name for n in quantizer.model.proto.graph.node if "norm" in n.name]
+    floats += ["add_0", "add_1"]
+    for others in ((), ("embed",), ("embed", "head", "logits")):
+        chosen = (*floats, *others)
+        found = noise.predict_layers(config, chosen)
+        whole = noise.predict_layers(config, ())
+        assert found.rounding["n_0"] < 0.5 * whole.rounding["n_0"]
+        quantizer.float_layers = lambda config, chosen=chosen: chosen  # type: ignore[method-assign]
+        outputs = run(quantizer.quantize(config).proto, inputs)
+        del quantizer.float_layers
+        measured = sqnr_db(outputs, reference)
+        assert found.features()["predicted_sqnr_db"] == pytest.approx(measured, abs=1.0)

@@ -83,6 +83,34 @@ def test_gains_of_a_linear_model_are_those_of_its_matrices(tmp_path: Path) -> No
     assert found.output_power == pytest.approx(np.mean(np.square(outputs)), rel=1e-3)
 
 
+def test_gain_of_a_layer_is_that_of_an_error_which_it_alone_sees(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((30, 30)).astype(np.float32) / 3
+    second = rng.standard_normal((30, 20)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "first"], ["h"], name="first"),
+            helper.make_node("Sub", ["x", "h"], ["s"], name="difference"),
+            helper.make_node("MatMul", ["s", "second"], ["y"], name="second"),
+        ],
+        "residual",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 30])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 20])],
+        [numpy_helper.from_array(first, "first"), numpy_helper.from_array(second, "second")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, tmp_path / "residual.onnx")
+    prepared = load_float_model(tmp_path / "residual.onnx")
+    inputs = rng.standard_normal((256, 30)).astype(np.float32)
+    tensors = required_activations(place(prepared))
+    statistics = calibrate(prepared, ArrayInputs({"x": inputs}), tensors, sizes=("all",))
+    found = probe(Quantizer(prepared, statistics), one_by_one(inputs, 64))
+    alone = np.mean(np.square(first @ second).sum(axis=0))
+    assert found.layer_gain["x"] == {"first": pytest.approx(alone, rel=0.1)}
+    everywhere = np.mean(np.square((np.eye(30) - first) @ second).sum(axis=0))
+    assert found.rounding_gain["x"].gains[0] == pytest.approx(everywhere, rel=0.1)
+
+
 def test_noise_of_a_weight_is_that_of_running_the_model_with_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     spread = np.exp(rng.standard_normal(30)).astype(np.float32)
@@ -449,6 +477,9 @@ def sizes_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def assert_same(found: Probe, expected: Probe) -> None:
     assert found.output_power == pytest.approx(expected.output_power, rel=1e-5)
     assert list(found.rounding_gain) == list(expected.rounding_gain)
+    assert list(found.layer_gain) == list(expected.layer_gain)
+    for tensor, gains in found.layer_gain.items():
+        assert gains == pytest.approx(expected.layer_gain[tensor], rel=1e-3)
     for tensor, gain in found.rounding_gain.items():
         np.testing.assert_array_equal(gain.steps, expected.rounding_gain[tensor].steps)
         np.testing.assert_allclose(gain.gains, expected.rounding_gain[tensor].gains, rtol=1e-4)
