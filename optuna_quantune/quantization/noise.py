@@ -164,11 +164,14 @@ class NoisePrediction:
 class _Activations:
     """What quantized activations contribute, by tensor with statistics.
 
-    `scaling` is the part of clipping that changes no order in the output, `uneven` what the other
-    part contributes to each of some inputs, where it is not negligible.
+    `averages` is what rounding would contribute if the values were spread evenly between the
+    integers, as averages are; `scaling` is the part of clipping that changes no order in the
+    output, `uneven` what the other part contributes to each of some inputs, where it is not
+    negligible.
     """
 
     rounding: Mapping[str, float]
+    averages: Mapping[str, float]
     clipping: Mapping[str, float]
     scaling: Mapping[str, float]
     uneven: Mapping[str, NDArray[np.float64]]
@@ -179,13 +182,15 @@ class _Rounded(NamedTuple):
     """How a placement rounds a tensor.
 
     Attributes:
-        share: What of the tensor's error comes out behind the readers that it is rounded for, 0 to
-            1: a float node reads what a float node wrote as it is.
-        times: How often that counts, with what averages of the tensor lose.
+        clipped: What of an error in the tensor comes out behind the readers that it is rounded
+            for, 0 to 1: a float node reads what a float node wrote as it is.
+        rounded: The same, and 0 where only averages of the tensor are rounded.
+        taps: How many values each average that is rounded is of, summed up.
     """
 
-    share: float
-    times: float
+    clipped: float
+    rounded: float
+    taps: float
 
 
 class NoiseModel:
@@ -244,17 +249,20 @@ class NoiseModel:
         tensors, names = self._quantized_tensors(float_layers, config.fusion)
         activations = self._activation_noise(config)
         weights = self._weight_noise(config)
-        clipping = {t: r.share * activations.clipping[t] for t, r in tensors.items()}
+        clipping = {t: r.clipped * activations.clipping[t] for t, r in tensors.items()}
         uneven = [
-            tensors[tensor].share * of_inputs
+            tensors[tensor].clipped * of_inputs
             for tensor, of_inputs in activations.uneven.items()
             if tensor in tensors
         ]
         return NoisePrediction(
-            rounding={t: r.times * activations.rounding[t] for t, r in tensors.items()},
+            rounding={
+                t: r.rounded * activations.rounding[t] + r.taps * activations.averages[t]
+                for t, r in tensors.items()
+            },
             clipping=clipping,
             weights={name: weights[name] for name in names},
-            scaling={t: r.share * activations.scaling[t] for t, r in tensors.items()},
+            scaling={t: r.clipped * activations.scaling[t] for t, r in tensors.items()},
             highest=activations.highest_output if self._output in clipping else np.inf,
             uneven=np.sum(uneven, axis=0) if uneven else np.zeros(0),
         )
@@ -306,7 +314,8 @@ class NoiseModel:
         """Activations with how they are rounded, and weights.
 
         A Relu and its input are rounded alike, which counts once. An average is rounded again, and
-        is as many times as sensitive as values are averaged: their own errors level out.
+        is as many times as sensitive as values are averaged: their own errors level out. It
+        lies anywhere between the integers, also where they do not, as the zeros behind a Relu.
         """
         key = (float_layers, fusion)
         if key not in self._quantized:
@@ -326,7 +335,7 @@ class NoiseModel:
                         shares[tensor] = max(shares.get(tensor, 0.0), share)
             self._quantized[key] = (
                 {
-                    tensor: _Rounded(shares.get(tensor, 1.0), shares.get(tensor, 0.0) + taps)
+                    tensor: _Rounded(shares.get(tensor, 1.0), shares.get(tensor, 0.0), taps)
                     for tensor, taps in averages.items()
                 },
                 tuple(s.tensor for s in placement.constants if s.tensor in self._layers),
@@ -365,12 +374,9 @@ class NoiseModel:
             errors = {
                 tensor: self._activation_error(tensor, p) for tensor, p in parameters.items()
             }
-            rounding = {
-                tensor: error
-                * self._probe.rounding_gain[tensor].at(float(parameters[tensor].scale))
-                / self._signal
-                for tensor, (error, _) in errors.items()
-            }
+            steps = {tensor: float(p.scale) for tensor, p in parameters.items()}
+            gain = {t: self._probe.rounding_gain[t].at(s) / self._signal for t, s in steps.items()}
+            rounding = {tensor: error * gain[tensor] for tensor, (error, _) in errors.items()}
             clipping = {
                 tensor: np.multiply(cut_off, self._probe.clipping_gain[tensor]) / self._signal
                 for tensor, (_, cut_off) in errors.items()
@@ -382,6 +388,7 @@ class NoiseModel:
             extremes = self._quantizer.statistics.extremes
             self._activations[key] = _Activations(
                 rounding,
+                {tensor: step**2 / 12.0 * gain[tensor] for tensor, step in steps.items()},
                 {tensor: float(sides.sum()) for tensor, sides in clipping.items()},
                 {tensor: float(sides.sum()) for tensor, sides in scaling.items()},
                 {

@@ -342,8 +342,10 @@ def test_what_is_cut_off_of_one_input_alone_confuses_less_than_its_power(
     assert whole.confusing == pytest.approx(whole.linear, rel=1e-3)
 
 
+@pytest.mark.parametrize("activation", ["Identity", "Relu"])
 @pytest.mark.parametrize("chosen", [(), ("second",), ("first", "second")])
 def test_an_average_is_rounded_where_it_is_read_behind_a_flatten(
+    activation: str,
     chosen: tuple[str, ...],
     tmp_path: Path,
     make_quantizer: Callable[[FloatModel, NDArray[np.float32]], Quantizer],
@@ -354,7 +356,8 @@ def test_an_average_is_rounded_where_it_is_read_behind_a_flatten(
         helper.make_node("Conv", ["input", "w1"], ["c1"], "first", pads=[1] * 4),
         helper.make_node("Relu", ["c1"], ["r1"], "relu"),
         helper.make_node("Conv", ["r1", "w2"], ["c2"], "second", pads=[1] * 4),
-        helper.make_node("AveragePool", ["c2"], ["a"], "average", kernel_shape=[8, 8]),
+        helper.make_node(activation, ["c2"], ["r2"], "activation"),
+        helper.make_node("AveragePool", ["r2"], ["a"], "average", kernel_shape=[8, 8]),
         helper.make_node("Flatten", ["a"], ["f"], "flatten"),
         helper.make_node("Gemm", ["f", "w3"], ["logits"], "third"),
     ]
