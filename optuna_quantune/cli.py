@@ -468,7 +468,9 @@ def _print_interrupted(console: Console, stop: ResultInterrupted, storage: str |
     lines = ["Interrupted after the search: its result was not measured."]
     if stop.path is not None:
         lines.append(f"The chosen model was written to {stop.path}.")
-    if storage is not None:
+    if storage is None:
+        lines.append("The same command begins anew; with --storage it goes on.")
+    else:
         place = ["--storage", storage, "--study-name", stop.study.study_name]
         command = shlex.join(["optuna-quantune", "report", *place, "--output", "report.html"])
         lines.append(
