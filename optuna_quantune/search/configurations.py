@@ -190,7 +190,7 @@ class Configurations:
         self._signs = tuple(signs)
         self._sources = tuple(sources)
         self._suggest = suggest
-        self._progress = progress or (lambda done, total: None)
+        self._progress = progress
         self._feature_names: tuple[str, ...] = ()
         self._raw_features: dict[bytes, tuple[float, ...]] = {}
 
@@ -308,7 +308,8 @@ class Configurations:
         for columns in np.unique(asked[~whole], axis=0):
             alike = seen[(asked == columns).all(axis=1)]
             known = {row.tobytes() for row in alike[:, columns]}
-            result &= [row.tobytes() not in known for row in codes[:, columns]]
+            unknown = [row.tobytes() not in known for row in codes[:, columns]]
+            result &= np.array(unknown, dtype=bool)
         return result
 
     def _unseen(self, codes: Codes, seen: Codes) -> NDArray[np.bool_]:
@@ -481,11 +482,10 @@ class Configurations:
         if self._features is None:
             return np.empty((len(codes), 0))
         new = [row for row in codes if row.tobytes() not in self._raw_features]
-        for done, row in enumerate(new):
-            self._progress(done, len(new))
+        for done, row in enumerate(new, start=1):
             self._raw_one(row)
-        if new:
-            self._progress(len(new), len(new))
+            if self._progress is not None:
+                self._progress(done, len(new))
         rows = [self._raw_one(row) for row in codes]
         return np.array(rows, dtype=np.float64).reshape(len(codes), len(self._feature_names))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,13 +80,27 @@ class SpaceEncoding:
     @property
     def n_features(self) -> int:
         """The number of kernel features."""
+        return sum(self.block_sizes)
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """How many of the kernel features are those of each parameter."""
         knots = zip(self.n_values.tolist(), self._knot_positions, strict=True)
-        return sum(n if positions is None else len(positions) for n, positions in knots)
+        return [n if positions is None else len(positions) for n, positions in knots]
 
     @property
     def strides(self) -> NDArray[np.int64]:
         """How far apart in rank neighbouring values of each parameter of a finite space are."""
         return np.append(np.cumprod(self.n_values[:0:-1])[::-1], 1)
+
+    @cached_property
+    def neutral(self) -> NDArray[np.float64]:
+        """Codes that stand for no value: the middle of numbers, the first choice of categories."""
+        codes = np.zeros(self.n_params)
+        for column, n_values in enumerate(self.n_values):
+            if not self.is_categorical(column) and n_values != 1:
+                codes[column] = self.codes_at(np.array([0.5]), column)[0]
+        return codes
 
     @property
     def has_numbers(self) -> bool:
@@ -165,7 +180,8 @@ class SpaceEncoding:
             values = np.exp(values)
         assert distribution.step is not None
         codes = np.round((values - distribution.low) / distribution.step)
-        return np.clip(codes, 0.0, self.n_values[column] - 1.0)
+        # Codes are compared as bytes, in which -0.0 is another number than 0.0.
+        return np.clip(codes, 0.0, self.n_values[column] - 1.0) + 0.0
 
     def has_log_steps(self, column: int) -> bool:
         """Whether a parameter takes whole numbers on a logarithmic scale."""

@@ -49,6 +49,8 @@ class History:
             ones, 0 for complete trials, inf where it is unknown; float64 of shape (n_trials,).
         constraints: Constraint values by name (feasible when at most 0), NaN where a trial set
             none, each float64 of shape (n_trials,).
+        asked: Codes of complete trials, NaN where one has not asked for the parameter, float64 of
+            shape (n_complete, n_params).
         failed: Codes of failed trials and of those that were pruned before any report, float64 of
             shape (n_failed, n_params).
         pending: Codes of running and enqueued trials, float64 of shape (n_pending, n_params).
@@ -64,6 +66,7 @@ class History:
     values: Array
     noise: Array
     constraints: Mapping[str, Array]
+    asked: Array
     failed: Array
     pending: Array
     seen: Array
@@ -85,6 +88,7 @@ def read_history(
     fixed: Mapping[str, Any] = MappingProxyType({}),
     *,
     ending: int | None = None,
+    is_inferred: bool = False,
 ) -> History:
     """Reads all trials of the study except the one with the number ``current``.
 
@@ -101,22 +105,28 @@ def read_history(
         current: The number of the trial that is left out.
         fixed: Values of parameters that are set from outside.
         ending: The number of a trial that is complete and still counts as running.
+        is_inferred: Whether the space is what the complete trials have asked for, so that one that
+            lacks a parameter has had no use for it.
     """
     # As in GridSampler: pruners such as HyperbandPruner hide trials from study.get_trials, and a
     # cached list would miss what other processes are running.
     trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
     sign = np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions])
     informative: list[tuple[FrozenTrial, Array]] = []
-    failed, pending, seen = [], [], []
+    asked, failed, pending, seen = [], [], [], []
     for trial in trials:
         if trial.number == current:
             continue
+        is_complete = trial.state == TrialState.COMPLETE or trial.number == ending
         codes = encoding.encode(configuration_of(trial, encoding))
+        if codes is None and is_complete and is_inferred:
+            codes = _filled(trial, encoding)
         if codes is None:
             continue
+        if is_complete:
+            asked.append(_as_asked(trial, encoding, codes))
         if _is_whole(trial, encoding, fixed):
-            is_complete = trial.state == TrialState.COMPLETE or trial.number == ending
-            seen.append(_as_asked(trial, encoding, codes) if is_complete else codes)
+            seen.append(asked[-1] if is_complete else codes)
         if trial.state == TrialState.FAIL:
             failed.append(codes)
         elif trial.state == TrialState.COMPLETE or _estimate(trial, len(sign)) is not None:
@@ -142,6 +152,7 @@ def read_history(
             name: _clipped(np.array([t.constraints.get(name, np.nan) for t, _ in informative]))
             for name in names
         },
+        asked=_rows(asked, encoding.n_params),
         failed=_rows(failed, encoding.n_params),
         pending=_rows(pending, encoding.n_params),
         seen=_rows(seen, encoding.n_params),
@@ -249,6 +260,16 @@ def _as_asked(trial: FrozenTrial, encoding: SpaceEncoding, codes: Array) -> Arra
     """
     asked = np.array([name in trial.params for name in encoding.names])
     return np.where(asked, codes, np.nan) if asked.any() else codes
+
+
+def _filled(trial: FrozenTrial, encoding: SpaceEncoding) -> Array | None:
+    """The codes of a trial with neutral ones for what it has not asked for."""
+    known = encoding.encode_columns(trial.params)
+    if len(known) < len(encoding.name_set & trial.params.keys()):
+        return None  # a value outside the space
+    codes = encoding.neutral.copy()
+    codes[list(known)] = list(known.values())
+    return codes
 
 
 def _estimate(trial: FrozenTrial, n_objectives: int) -> tuple[float, float] | None:

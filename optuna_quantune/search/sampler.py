@@ -22,13 +22,12 @@ from optuna.samplers import PartialFixedSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers._base import _INDEPENDENT_SAMPLING_WARNING_TEMPLATE
 from optuna.samplers._lazy_random_state import LazyRandomState
-from optuna.search_space import intersection_search_space
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.search.conditions import inferred_space
 from optuna_quantune.search.configurations import Configurations
-from optuna_quantune.search.encoding import is_countable
 from optuna_quantune.search.history import History
 from optuna_quantune.search.history import is_taken
 from optuna_quantune.search.history import publish_plan
@@ -195,8 +194,8 @@ class QuantuneSampler(BaseSampler):
         """The search space of the constructor, or what all complete trials share."""
         if self._search_space is not None:
             return dict(self._search_space)
-        shared = intersection_search_space(study.get_trials(deepcopy=False))
-        return {name: d for name, d in shared.items() if is_countable(d)}
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return inferred_space(trials)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -212,7 +211,13 @@ class QuantuneSampler(BaseSampler):
         fixed = _fixed_params(study, trial)
         configurations = self._configurations_of(study, search_space)
         while True:
-            history = read_history(study, configurations.encoding, trial.number, fixed)
+            history = read_history(
+                study,
+                configurations.encoding,
+                trial.number,
+                fixed,
+                is_inferred=self._search_space is None,
+            )
             avoid_seen = not self._allow_duplicates
             codes = self._proposer(study, configurations, history, fixed, avoid_seen).choose()
             if codes is None and self._search_space is None:
@@ -228,8 +233,10 @@ class QuantuneSampler(BaseSampler):
                 )
             params = configurations.encoding.decode(codes)
             publish_plan(study, trial, params, configurations.named_features(codes))
+            told = configurations.encoding.encode(params)  # a float loses digits on the way
+            assert told is not None
             if not avoid_seen or not is_taken(
-                study, configurations.encoding, codes, trial.number, history.finished, fixed
+                study, configurations.encoding, told, trial.number, history.finished, fixed
             ):
                 return {name: params[name] for name in search_space}
             # Whoever shares a plan withdraws it, lest both keep it, and tries again.

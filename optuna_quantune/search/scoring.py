@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from optuna_quantune.search.acquisition import log_expected_improvement
 from optuna_quantune.search.acquisition import log_probability_below
+from optuna_quantune.search.conditions import Conditions
 from optuna_quantune.search.configurations import Candidates
 from optuna_quantune.search.configurations import Configurations
 from optuna_quantune.search.configurations import CONSTRAINT_PRIOR
@@ -59,6 +60,7 @@ class Scorer:
         self._configurations = configurations
         self._n_params = configurations.encoding.n_params
         history = replace(history, pending=history.pending[:_MAX_TRIALS])
+        self._conditions = Conditions(configurations.encoding, history.asked)
         trials, running = self._described(history.codes), self._described(history.pending)
         self._fit_limits(history, trials, self._described(history.failed), _inputs(running))
         if len(trials) == 0 and len(weights) == 1:
@@ -69,8 +71,14 @@ class Scorer:
     def score(self, candidates: Described) -> Array:
         """float64 of shape (n_candidates,)."""
         if self._surrogate is None:
-            return -before_trials(self._configurations, candidates.guesses, self._weights)
-        inputs = _inputs(candidates)
+            score = -before_trials(self._configurations, candidates.guesses, self._weights)
+            for limit in self._limits:
+                if limit.line is None:  # failures; what is guessed of constraints is in already
+                    score += limit.log_probability(
+                        _inputs(self._without_inactive(candidates)), candidates.guesses
+                    )
+            return score
+        inputs = _inputs(self._without_inactive(candidates))
         score = np.zeros(len(candidates))
         for limit in self._limits:
             score += limit.log_probability(inputs, candidates.guesses)
@@ -88,10 +96,26 @@ class Scorer:
         expected = self._means(guesses) @ self._surrogate.belief
         for limit in self._limits:
             expected = expected - limit.log_probability_as_guessed(guesses)
-        return self._surrogate.screen(candidates.kernel) + expected
+        codes, kernel = candidates.codes, candidates.kernel
+        if self._conditions:
+            kernel = self._conditions.kernel_features(codes)
+        return self._surrogate.screen(kernel) + expected
 
     def _described(self, codes: Array) -> Described:
-        return self._configurations.describe(self._configurations.candidates(codes))
+        described = self._configurations.describe(self._configurations.candidates(codes))
+        return self._without_inactive(described)
+
+    def _without_inactive(self, described: Described) -> Described:
+        """Configurations as the models see them, without parameters that they do not have."""
+        if not self._conditions:
+            return described
+        codes = described.candidates.codes
+        seen = Candidates(
+            codes,
+            self._conditions.kernel_features(codes),
+            self._conditions.tree_features(codes),
+        )
+        return replace(described, candidates=seen)
 
     def _fit_objective(
         self, history: History, trials: Described, pending: ModelInputs, weights: Array
@@ -162,7 +186,7 @@ class Scorer:
                     pending=pending,
                 )
             )
-        if len(failed) and len(trials):
+        if len(failed):
             n_failed = min(len(failed), max(_MAX_TRIALS // 2, _MAX_TRIALS - len(trials)))
             trials, failed = _latest(trials, _MAX_TRIALS - n_failed), _latest(failed, n_failed)
             inputs = _inputs(trials).append(_inputs(failed))

@@ -122,7 +122,9 @@ class Transfer:
             inputs = np.concatenate([trees, features.astype(np.float32)], axis=1)
         result = self._trust * _mean_prediction(self._sources, inputs)
         if prior is not None:
-            result = result + np.mean([source.has_prior for source in self._sources]) * prior
+            # A source with a prior says what is to be added to it, another one all that it knows.
+            share = np.mean([source.has_prior for source in self._sources])
+            result = result + (1.0 - (1.0 - share) * self._trust) * prior
         return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
+import pickle
 import subprocess
 import sys
 import threading
@@ -443,6 +444,53 @@ def test_a_region_that_fails_is_left_alone() -> None:
     assert sum(t.state == TrialState.FAIL for t in late) <= 2
 
 
+@pytest.mark.parametrize("bits", [2, 4])  # described whole, and sketched
+def test_what_a_prior_promises_and_what_fails_is_left_alone_before_anything_succeeds(
+    bits: int,
+) -> None:
+    space: dict[str, BaseDistribution] = {
+        name: CategoricalDistribution(list(range(2**bits))) for name in "abc"
+    }
+
+    def failing(trial: optuna.Trial) -> float:
+        params = {name: trial.suggest_categorical(name, list(range(2**bits))) for name in "abc"}
+        if params["a"] >= 2 ** (bits - 1):
+            raise RuntimeError
+        return float(sum(params.values()))
+
+    sampler = QuantuneSampler(space, features=lambda p: {"prior": sum(p.values())}, seed=0)
+    study = maximize(sampler)
+    study.optimize(failing, n_trials=15, catch=RuntimeError)
+    first = [trial.state for trial in study.trials].index(TrialState.COMPLETE)
+    assert first <= 8
+
+
+def test_a_sampler_can_be_pickled_after_it_was_used() -> None:
+    study = maximize(QuantuneSampler(SPACE, seed=0))
+    study.optimize(objective, n_trials=3)
+    again = optuna.create_study(
+        direction="maximize", sampler=pickle.loads(pickle.dumps(study.sampler))
+    )
+    again.add_trials(study.trials)
+    for each in (study, again):
+        each.optimize(objective, n_trials=3)
+    assert configurations(study) == configurations(again)
+
+
+def test_ends_of_logarithmic_integers_are_not_measured_twice() -> None:
+    space: dict[str, BaseDistribution] = {n: IntDistribution(1, 1000, log=True) for n in "ab"}
+    study = optuna.create_study(sampler=QuantuneSampler(space, seed=0))
+    study.optimize(
+        lambda t: (
+            math.log(t.suggest_int("a", 1, 1000, log=True))
+            + math.log(t.suggest_int("b", 1, 1000, log=True))
+        ),
+        n_trials=20,
+    )
+    assert len(set(configurations(study))) == 20
+    assert study.best_value == 0.0
+
+
 def test_a_region_that_is_pruned_before_any_report_is_left_alone() -> None:
     """It holds what would be best: the surrogate alone would not leave it.
 
@@ -590,7 +638,7 @@ def test_a_validity_that_rejects_all_draws_of_a_large_space_is_reported() -> Non
         study.ask(layers)
 
 
-def test_conditional_parameters_are_sampled_independently() -> None:
+def test_conditional_parameters_that_nothing_explains_are_sampled_independently() -> None:
     def conditional(trial: optuna.Trial) -> float:
         if trial.suggest_categorical("clip", [True, False]):
             return trial.suggest_float("percentile", 0.9, 1.0)

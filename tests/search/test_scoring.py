@@ -31,6 +31,7 @@ def history(rows: list[int], values: list[float]) -> History:
         values=np.array(values)[:, None],
         noise=np.zeros(len(values)),
         constraints={},
+        asked=NOTHING,
         failed=NOTHING,
         pending=NOTHING,
         seen=SPACE.codes[rows],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -142,6 +143,16 @@ def test_sources_add_to_a_prior_what_it_misses() -> None:
     )
     first = optuna.create_study(sampler=sampler).ask(SPACE).params
     assert drop(first) == 0.0
+
+
+def test_sources_without_a_prior_leave_the_own_one_as_far_as_they_are_not_trusted() -> None:
+    rng = np.random.default_rng(0)
+    hostile = [
+        dataclasses.replace(recorded(drop), values=tuple(rng.normal(size=len(GRID)).tolist()))
+        for _ in range(3)
+    ]
+    prior = {"features": lambda params: {"prior": drop(params)}}
+    assert regrets(hostile, seed=0, **prior) == [0.0]
 
 
 def test_scores_are_ranks_whatever_the_scale() -> None:
