@@ -120,8 +120,9 @@ def attribute_of(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that a model uses."""
-    return max(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    """The version of ONNX's own operators that a model uses; the newest if it uses none."""
+    versions = (int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    return max(versions, default=onnx.defs.onnx_opset_version())
 
 
 def import_own_domain(proto: onnx.ModelProto) -> None:

@@ -419,7 +419,8 @@ def _declare_types(proto: onnx.ModelProto) -> None:
     for node in make_session(asking).get_outputs():
         if node.name in unknown and node.type.startswith("tensor("):
             dtype = onnx.TensorProto.DataType.Value(node.type[len("tensor(") : -1].upper())
-            graph.value_info.append(helper.make_tensor_value_info(node.name, dtype, node.shape))
+            shape = node.shape or None  # which it leaves empty where it knows no rank, too
+            graph.value_info.append(helper.make_tensor_value_info(node.name, dtype, shape))
 
 
 def _free_names(graph: onnx.GraphProto, path: Path) -> None:

@@ -173,6 +173,13 @@ def test_models_without_a_layer_to_quantize_are_refused(tmp_path: Path) -> None:
     path = save_graph(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {}, [1, 4], [1, 4])
     with pytest.raises(InputError, match="no quantizable layer"):
         load_float_model(path)
+    scaler = helper.make_node("Scaler", ["x"], ["y"], domain="ai.onnx.ml", scale=[2.0])
+    path = save_graph(tmp_path, [scaler], {}, [1, 4], [1, 4])
+    model = onnx.load(path)  # as trees are exported: with no operators of ONNX itself
+    model.opset_import[0].domain, model.opset_import[0].version = "ai.onnx.ml", 3
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="no quantizable layer"):
+        load_float_model(path)
 
 
 def test_old_opsets_are_converted_so_that_per_channel_scales_exist(tmp_path: Path) -> None:

@@ -257,6 +257,18 @@ def own_gelu() -> Case:
     return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
 
 
+def of_unknown_rank() -> Case:
+    """Behind the Scaler of a scikit-learn pipeline neither ONNX nor ONNX Runtime knows a shape."""
+    scaler = make("Scaler", ["x"], ["a"], "scaler", domain="ai.onnx.ml", offset=[0.5], scale=[2.0])
+    nodes = [
+        scaler,
+        make("Conv", ["a", "w", "b"], ["c"], "first"),
+        make("Relu", ["c"], ["r"], "relu"),
+        make("Conv", ["r", "w2"], ["y"], "last"),
+    ]
+    return nodes, weights(w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
+
+
 def summed_up() -> Case:
     """A mean with its axes as an attribute, which opset 18 does not know any more."""
     nodes = [
@@ -472,6 +484,7 @@ AVERAGED = make("AveragePool", ["f"], ["g"], "pool", kernel_shape=[2, 2], stride
         (grouped_transposed_convolution, "cpu", [{}, {"granularity": "tensor"}]),
         (single_number, "cpu", [{}]),
         (own_gelu, "cpu", [{}, {"granularity": "tensor"}]),
+        (of_unknown_rank, "cpu", [{}, {"equalization": True, "bias_correction": True}]),
         (written_out_normalization, "cpu", [{}, {"granularity": "tensor"}]),
         (masked, "cpu", [{}, {"equalization": True}]),
         (far_masked(-3.4e38), "cpu", [{}, {"granularity": "tensor"}]),
@@ -769,7 +782,9 @@ def save(
     )
     dilated = any(n.op_type == "AveragePool" and "dilations" in str(n) for n in nodes)
     version = helper.make_opsetid("", 19 if dilated else opset)
-    model = helper.make_model(graph, opset_imports=[version], ir_version=10)
+    learning = [helper.make_opsetid("ai.onnx.ml", 3)]
+    used = [opset for opset in learning if any(n.domain == opset.domain for n in nodes)]
+    model = helper.make_model(graph, opset_imports=[version, *used], ir_version=10)
     import_own_domain(model)
     model = onnx.shape_inference.infer_shapes(model)
     if not model.graph.output[0].type.tensor_type.HasField("shape"):  # behind an own operator
