@@ -371,6 +371,7 @@ def _always_float(graph: onnx.GraphProto) -> frozenset[str]:
     """Names of the nodes that integers, or ONNX Runtime's way to them, would get wrong."""
     view = GraphView(graph)
     constants = view.constants.keys()
+    of_shapes = _of_shapes(graph, constants)
     infinite = {
         tensor.name
         for tensor in graph.initializer
@@ -386,13 +387,33 @@ def _always_float(graph: onnx.GraphProto) -> frozenset[str]:
     return frozenset(
         node.name
         for node in graph.node
-        if _interpolates(node)
+        if node.name in of_shapes
+        or _interpolates(node)
         or _has_no_integer_average(node)
         or _has_odd_bias(node, constants)
         or joins_outputs(node, view)
         or infinite.intersection(node.input)
         or halves.intersection((*node.input, *node.output))
     )
+
+
+def _of_shapes(graph: onnx.GraphProto, constants: Set[str]) -> set[str]:
+    """Names of the nodes that compute with nothing but shapes, as how far an image is padded.
+
+    Exporters do so in real numbers, too, and one that is rounded is another shape. Not of layers
+    and tables that words are looked up in, whose constants are worth storing as integers.
+    """
+    found: set[str] = set()
+    known: set[str] = set()
+    for node in graph.node:
+        computed = {name for name in reads(node) if name not in constants}
+        large = node.op_type in WEIGHTED_OPS or (
+            node.op_type in LOOKUP_OPS and node.input[0] in constants
+        )
+        if node.op_type in ("Shape", "Size") or (computed and computed <= known and not large):
+            found.add(node.name)
+            known.update(node.output)
+    return found
 
 
 def _interpolates(node: onnx.NodeProto) -> bool:

@@ -763,6 +763,39 @@ def test_inputs_of_two_shapes_are_equalized_one_at_a_time(tmp_path: Path) -> Non
         builder.quantize(QuantizationConfig(calibration_images="all", bias_correction=True))
 
 
+def test_what_is_computed_of_shapes_is_not_rounded(tmp_path: Path) -> None:
+    """How far an image is padded, in real numbers, as where its size is divided by a stride."""
+    nodes = [
+        make("Shape", ["x"], ["shape"], "shape"),
+        make("Gather", ["shape", "at"], ["size"], "size"),
+        make("Cast", ["size"], ["s"], "real", to=TensorProto.FLOAT),
+        make("Div", ["s", "stride"], ["q"], "divide"),
+        make("Ceil", ["q"], ["c"], "ceil"),
+        make("Mul", ["c", "stride"], ["m"], "multiply"),
+        make("Add", ["m", "kernel"], ["k"], "add"),
+        make("Sub", ["k", "s"], ["p"], "subtract"),
+        make("Concat", ["zero"] * 6 + ["p", "p"], ["all"], "concat", axis=0),
+        make("Cast", ["all"], ["pads"], "whole", to=TensorProto.INT64),
+        make("Pad", ["x", "pads"], ["padded"], "pad"),
+        make("Conv", ["padded", "w", "b"], ["a"], "first", strides=[3, 3]),
+        make("Relu", ["a"], ["r"], "relu"),
+        make("Conv", ["r", "w2"], ["y"], "last"),
+    ]
+    constants = weights(w=(8, 3, 5, 5), b=(8,), w2=(6, 8, 1, 1))
+    numbers = {"zero": 0.0, "stride": 3.0, "kernel": 2.0}
+    constants |= {name: np.full(1, value, np.float32) for name, value in numbers.items()}
+    constants["at"] = np.array([2])
+    path = save(nodes, constants, tmp_path / "model.onnx", batch=None)
+    builder = builder_of(path, "cpu")
+    sites = builder.quantizer(equalized=False).placement(()).activations
+    assert {site.tensor for site in sites} == {"x", "a", "r", "y"}
+    for scheme in ("asymmetric", "symmetric_power2"):
+        config = QuantizationConfig(calibration_images="all", scheme=scheme)
+        data = builder.quantize(config).proto.SerializeToString()
+        assert decibels(outputs(data), outputs(path)) > 25.0
+        assert builder.predict(config).features()["predicted_sqnr_db"] > 25.0
+
+
 def save(
     nodes: list[onnx.NodeProto],
     constants: Constants,
