@@ -37,6 +37,8 @@ from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import rename_tensors
 from optuna_quantune.quantization.graph import sort_nodes
+from optuna_quantune.quantization.own_fusions import BLOCKED_DOMAIN
+from optuna_quantune.quantization.own_fusions import without_own_fusions
 from optuna_quantune.quantization.session import make_session
 
 
@@ -204,6 +206,7 @@ def load_float_model(path: str | Path) -> FloatModel:
             f"model {path}: not a valid ONNX file, or a truncated one ({reason.strip()})"
         ) from error
     _refuse_quantized(source, path)
+    _refuse_blocked(source, path)
     proto = _prepare(source, path)
     initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
     layers = tuple(_layers(proto, initializers))
@@ -295,6 +298,16 @@ def _refuse_quantized(proto: onnx.ModelProto, path: Path) -> None:
         )
 
 
+def _refuse_blocked(proto: onnx.ModelProto, path: Path) -> None:
+    for node in proto.graph.node:
+        if node.domain == BLOCKED_DOMAIN:
+            raise InputError(
+                f"model {path}: ONNX Runtime has optimized it for one processor (node "
+                f"{node.name or node.output[0]!r} is a {BLOCKED_DOMAIN}.{node.op_type}); give the "
+                "model that it was made of"
+            )
+
+
 def quantized_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
     """The first node of a model that works on quantized tensors, or None."""
     exact = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QGemm")
@@ -311,7 +324,8 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder, _quiet_root_logger():
         converted, prepared = Path(folder) / "converted.onnx", Path(folder) / "prepared.onnx"
         try:
-            onnx.save(_with_fixed_constants(_in_newer_opset(source)), converted)
+            whole = without_own_fusions(_with_fixed_constants(_in_newer_opset(source)))
+            onnx.save(whole, converted)
             # Symbolic shape inference is for transformers, and would need sympy.
             quant_pre_process(str(converted), str(prepared), skip_symbolic_shape=True)
             proto = onnx.load(prepared)
