@@ -37,6 +37,7 @@ from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import rename_tensors
 from optuna_quantune.quantization.graph import sort_nodes
+from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.own_fusions import BLOCKED_DOMAIN
 from optuna_quantune.quantization.own_fusions import without_own_fusions
 from optuna_quantune.quantization.session import make_session
@@ -342,6 +343,7 @@ def _prepare(source: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     _separate_weights(proto.graph)
     _separate_biases(proto.graph)
     _make_gemms_plain(proto.graph)
+    _make_matrices_plain(proto.graph)
     _make_pools_plain(proto.graph)
     return proto
 
@@ -540,6 +542,25 @@ def _make_gemms_plain(graph: onnx.GraphProto) -> None:
                 bias.CopyFrom(numpy_helper.from_array(flat, bias.name))
                 reshaped.add(bias.name)
     refill(graph.value_info, (value for value in graph.value_info if value.name not in reshaped))
+
+
+def _make_matrices_plain(graph: onnx.GraphProto) -> None:
+    """Takes axes of 1 off the constants of MatMuls, as of one matrix for all of a batch.
+
+    What is stored as a stack of matrices has no integer kernel with a scale for each channel.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    count = Counter(name for node in graph.node for name in reads(node))
+    shapes = tensor_shapes(graph)
+    for node in graph.node:
+        weight = constants.get(node.input[1]) if node.op_type == "MatMul" else None
+        if weight is None or count[weight.name] > 1 or len(weight.dims) <= 2:
+            continue
+        if set(weight.dims[:-2]) == {1} and len(shapes.get(node.input[0], ())) >= len(weight.dims):
+            values = numpy_helper.to_array(weight)
+            matrix = values.reshape(values.shape[-2:])
+            weight.CopyFrom(numpy_helper.from_array(matrix, weight.name))
+            refill(graph.value_info, (v for v in graph.value_info if v.name != weight.name))
 
 
 def _make_pools_plain(graph: onnx.GraphProto) -> None:

@@ -113,6 +113,20 @@ def test_factors_of_a_gemm_are_in_its_constants(tmp_path: Path, shared: bool) ->
     assert np.sum(difference**2) < 1e-3 * np.sum(expected**2)
 
 
+@pytest.mark.parametrize("rank", [2, 3])
+def test_one_matrix_for_all_of_a_batch_is_a_layer(tmp_path: Path, rank: int) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "product")]
+    shape: list[int | str] = [*(2, 5, 4)[-rank:]]
+    constants = {"w": np.arange(12.0).reshape(1, 4, 3)}
+    path = save_graph(tmp_path, nodes, constants, shape, [2, 5, 3] if rank == 3 else [1, 5, 3])
+    if rank == 2:  # what the axis adds to the result is needed
+        with pytest.raises(InputError, match="no quantizable layer"):
+            load_float_model(path)
+        return
+    (layer,) = load_float_model(path).layers
+    np.testing.assert_array_equal(load_float_model(path).weights[layer.weight], constants["w"][0])
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model .*nowhere\.onnx: no such file"):
         load_float_model(tmp_path / "nowhere.onnx")
