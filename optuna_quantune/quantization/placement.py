@@ -407,9 +407,7 @@ def _of_shapes(graph: onnx.GraphProto, constants: Set[str]) -> set[str]:
     known: set[str] = set()
     for node in graph.node:
         computed = {name for name in reads(node) if name not in constants}
-        large = node.op_type in WEIGHTED_OPS or (
-            node.op_type in LOOKUP_OPS and node.input[0] in constants
-        )
+        large = node.op_type in WEIGHTED_OPS or looks_up(node, constants)
         if node.op_type in ("Shape", "Size") or (computed and computed <= known and not large):
             found.add(node.name)
             known.update(node.output)
