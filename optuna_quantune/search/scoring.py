@@ -33,6 +33,7 @@ from optuna_quantune.search.prior import LimitLine
 from optuna_quantune.search.surrogate import ModelInputs
 from optuna_quantune.search.surrogate import Surrogate
 from optuna_quantune.search.targets import TargetTransform
+from optuna_quantune.search.targets import widest_spread
 
 
 Array: TypeAlias = NDArray[np.float64]
@@ -43,6 +44,12 @@ Array: TypeAlias = NDArray[np.float64]
 _MAX_TRIALS = 300
 # Belief, before any trial, in the mean function that nothing is known; 1 in each guess.
 _BELIEF_IN_NOTHING = 0.2
+# Where neither the end of a space nor a guess leads away from what was found, every third time
+# only improvements count that are larger than this share of the spread that values had. In units
+# of the targets' spread it is limited, as that may be next to nothing.
+_AMBITIOUS = 3
+_AMBITION = 0.1
+_LARGEST_AMBITION = 1e3
 # Standard deviation, in units of the targets' spread, of values whose uncertainty is unknown.
 _UNKNOWN_NOISE = 1.0
 
@@ -133,6 +140,12 @@ class Scorer:
         eligible = complete if complete.any() else history.feasible
         # A first feasible trial is an improvement, and the more so the better it is.
         self._best = float(targets[eligible].min() if eligible.any() else targets.max())
+        is_endless = not self._configurations.is_enumerable and not self._expectations
+        if is_endless and eligible.any() and len(targets) % _AMBITIOUS == 0:
+            # Or what a good region can still gain, ever less, would keep the search there.
+            scale = self._transform.scale
+            wanted = _AMBITION * widest_spread(combined.values)
+            self._best -= min(wanted, _LARGEST_AMBITION * scale) / scale
         rows = _best_and_latest(targets)
         self._surrogate = Surrogate(
             _inputs(trials[rows]),

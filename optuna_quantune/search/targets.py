@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 LARGEST = 1e30
 # A smaller spread is none: what is divided by it would not be finite.
 _LEAST_SCALE = 1e-300
+# Trials of which the first spread is taken.
+_FIRST = 8
 # Scales from the center beyond which all is alike: its square is finite. Only where values differ
 # by next to nothing, and a prior expects others, is anything as far.
 _FARTHEST = 1e100
@@ -59,9 +61,7 @@ class TargetTransform:
         if len(finite) == 0:
             return cls(center=0.0, scale=1.0, lowest=0.0, highest=0.0)
         center = float(np.median(finite))
-        # The mean absolute deviation of the better half sees neither collapsed trials nor, as the
-        # median absolute deviation would, zero where most trials share one value.
-        spread = float(np.mean(np.abs(finite[finite <= center] - center))) or float(np.std(finite))
+        spread = _spread(finite) or float(np.std(finite))
         if expected_scale is not None:
             weight = 3.0 / (3.0 + len(finite))
             spread = float(np.sqrt(weight * expected_scale**2 + (1 - weight) * spread**2))
@@ -82,6 +82,29 @@ class TargetTransform:
         with np.errstate(over="ignore"):
             standard = (finite - self.center) / self.scale
         return np.clip(standard, -_FARTHEST, _FARTHEST)
+
+
+def widest_spread(values: NDArray[np.float64]) -> float:
+    """The largest spread that the first trials had, before a search gathers them in one place.
+
+    Args:
+        values: Values in the order of the trials, float64 of shape (n_trials,), infinities
+            allowed.
+    """
+    finite = values[np.isfinite(values)]
+    doublings = (len(finite) // _FIRST).bit_length()
+    sizes = [len(finite), *(_FIRST << n for n in range(doublings))]
+    return max(_spread(finite[:size]) for size in sizes) if len(finite) else 0.0
+
+
+def _spread(values: NDArray[np.float64]) -> float:
+    """The mean absolute deviation of the better half from the median.
+
+    It sees neither collapsed trials nor, as the median absolute deviation would, zero where most
+    trials share one value.
+    """
+    center = np.median(values)
+    return float(np.mean(np.abs(values[values <= center] - center)))
 
 
 def center_and_spread(

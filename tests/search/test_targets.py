@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from optuna_quantune.search.targets import TargetTransform
+from optuna_quantune.search.targets import widest_spread
 
 
 def test_the_order_of_values_is_kept() -> None:
@@ -60,3 +61,13 @@ def test_the_expected_scale_outweighs_two_close_trials() -> None:
     values = np.array([0.700, 0.701])
     assert TargetTransform.fit(values).scale < 0.001
     assert TargetTransform.fit(values, expected_scale=0.2).scale > 0.1
+
+
+def test_the_widest_spread_is_that_of_the_first_trials_when_a_search_has_gathered() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=16)
+    found = first.min() + 0.01 * rng.random(200)
+    gathered = np.concatenate([first, found, [np.inf, -np.inf]])
+    assert TargetTransform.fit(gathered).scale < 0.1
+    assert widest_spread(gathered) >= widest_spread(first) > 0.3
+    assert widest_spread(np.array([np.inf])) == 0.0
