@@ -69,6 +69,8 @@ def make_sampler(
         return sampler
     if ":" in sampler:
         return _sampler_of_factory(sampler, space, seed)
+    if sampler == "CmaEsSampler" and len(objective.goals.objectives) > 1:
+        raise InputError(f"sampler {sampler!r}: takes a single objective; use another sampler")
     return _sampler_of_optuna(sampler, space, seed)
 
 

@@ -345,6 +345,11 @@ def test_a_metric_that_fails_on_parts_of_the_inputs_has_no_interval(  # type: ig
     assert [trial.state for trial in result.study.trials] == [TrialState.COMPLETE] * 2
 
 
+def test_a_sampler_of_one_objective_is_refused_for_several(run) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match="'CmaEsSampler': takes a single objective"):
+        run(sampler="CmaEsSampler", objectives=("accuracy", "size"))
+
+
 def test_a_sampler_whose_package_is_missing_is_refused_at_once(  # type: ignore[no-untyped-def]
     run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

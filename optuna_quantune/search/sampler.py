@@ -68,7 +68,8 @@ class QuantuneSampler(BaseSampler):
     model and measuring it, and it needs few of them. What is known of a configuration before it is
     measured can be told by ``features``.
 
-    It works with any search space (categorical, int, float, log, step), with several objectives
+    It works with any search space (categorical, int, float, log, step, conditional: when a
+    parameter is asked for is read off the trials), with several objectives
     (a random augmented Tchebycheff scalarisation for each trial), constraints
     (:meth:`optuna.trial.Trial.set_constraint`), pruned, failed, enqueued and concurrently running
     trials. Failed trials are not proposed again, and regions that fail are avoided; a trial that
@@ -105,7 +106,8 @@ class QuantuneSampler(BaseSampler):
         search_space: Optuna distributions by parameter name. With it, the first trials are chosen
             too, and a study whose configurations have all been proposed is stopped. Without it,
             the parameters that all complete trials share are modelled, as other samplers do, and
-            the study is never stopped, as the next trial may show further parameters.
+            those of which the trials show on which values of another they depend; and the study is
+            never stopped, as the next trial may show further parameters.
         features: Named numbers of a configuration, called with its parameters, once for each
             configuration that is considered; always the same names, NaN where unknown. The name
             ``prior`` (:data:`PRIOR_FEATURE`) is an estimate of the objective's first value, on its
