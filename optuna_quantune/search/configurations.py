@@ -482,12 +482,16 @@ class Configurations:
         if self._features is None:
             return np.empty((len(codes), 0))
         new = [row for row in codes if row.tobytes() not in self._raw_features]
-        for done, row in enumerate(new, start=1):
+        for done, row in enumerate(new):
+            self._tell(done, len(new))
             self._raw_one(row)
-            if self._progress is not None:
-                self._progress(done, len(new))
+        self._tell(len(new), len(new))
         rows = [self._raw_one(row) for row in codes]
         return np.array(rows, dtype=np.float64).reshape(len(codes), len(self._feature_names))
+
+    def _tell(self, done: int, total: int) -> None:
+        if self._progress is not None and total:
+            self._progress(done, total)
 
     def _raw_one(self, codes: Codes) -> tuple[float, ...]:
         key = codes.tobytes()
