@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from optuna_quantune.evaluation.latency import LatencyRatio
 from optuna_quantune.quantization.model import FloatModel
-from optuna_quantune.quantization.model import RECURRENT_OPS
-from optuna_quantune.quantization.model import recurrent_share
+from optuna_quantune.quantization.model import shares_left_in_float
 from optuna_quantune.target import Target
+
+
+# Share of the parameters from which it is said that they stay in float.
+_WORTH_SAYING: Final = 0.005
 
 
 def remark_lines(
@@ -46,16 +50,17 @@ def remark_lines(
             f"Not measurably faster than the float model on this machine: {latency.ratio:.2f}x "
             f"[{latency.low:.2f}, {latency.high:.2f}]."
         )
-    lines += recurrent_lines(float_model)
+    lines += left_in_float_lines(float_model)
     if interrupted:
         lines.append("The search was interrupted; this is the best model so far.")
     return lines
 
 
-def recurrent_lines(model: FloatModel) -> list[str]:
-    """What is said of a model with recurrent nodes, which stay in float; nothing of others."""
-    share = recurrent_share(model)
-    if not share:
+def left_in_float_lines(model: FloatModel) -> list[str]:
+    """What is said of a model with nodes that stay in float whatever is chosen."""
+    shares = shares_left_in_float(model)
+    total = sum(shares.values())
+    if total < _WORTH_SAYING:
         return []
-    nodes = f"those of recurrent nodes ({', '.join(RECURRENT_OPS)})"
-    return [f"{share:.0%} of the parameters stay in float: {nodes}."]
+    operators = ", ".join(sorted(shares, key=lambda operator: -shares[operator]))
+    return [f"{total:.0%} of the parameters stay in float: those of {operators}."]

@@ -33,6 +33,7 @@ from optuna_quantune.quantization.graph import copy_of
 from optuna_quantune.quantization.graph import inner_graphs
 from optuna_quantune.quantization.graph import is_sorted
 from optuna_quantune.quantization.graph import opset_of
+from optuna_quantune.quantization.graph import OWN_DOMAIN
 from optuna_quantune.quantization.graph import reads
 from optuna_quantune.quantization.graph import refill
 from optuna_quantune.quantization.graph import rename_tensors
@@ -261,16 +262,35 @@ def _external_bytes(source: onnx.ModelProto, folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in files)
 
 
-def recurrent_share(model: FloatModel) -> float:
-    """Share of the model's real parameters, 0 to 1, that recurrent nodes have: they stay float."""
+def shares_left_in_float(model: FloatModel) -> dict[str, float]:
+    """Share of the model's real parameters, 0 to 1, that nodes of each operator keep in float.
+
+    Of operators that have no integer form whatever the configuration: recurrent ones, ONNX
+    Runtime's own, as Attention, and those with graphs within them (If, Loop, Scan).
+    """
     graph = model.proto.graph
-    recurrent = {name for n in graph.node if n.op_type in RECURRENT_OPS for name in n.input}
-    sizes = {
-        tensor.name: math.prod(tensor.dims)
-        for tensor in graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT
-    }
-    return float(sum(sizes[name] for name in recurrent & sizes.keys()) / sum(sizes.values()))
+    sizes = {t.name: math.prod(t.dims) for t in graph.initializer if _is_real(t)}
+    found: Counter[str] = Counter()
+    total = sum(sizes.values())
+    for node in graph.node:
+        within = sum(map(_parameters_within, inner_graphs(node)))
+        total += within
+        found[node.op_type] += within
+        if inner_graphs(node) or node.op_type in RECURRENT_OPS or node.domain == OWN_DOMAIN:
+            found[node.op_type] += sum(sizes.pop(name, 0) for name in reads(node))
+    return {operator: size / total for operator, size in found.items() if size}
+
+
+def _parameters_within(graph: onnx.GraphProto) -> int:
+    """How many real parameters a graph within a node has."""
+    constants = [*graph.initializer, *(a.t for n in graph.node for a in n.attribute)]
+    own = sum(math.prod(tensor.dims) for tensor in constants if _is_real(tensor))
+    inner = (inner for node in graph.node for inner in inner_graphs(node))
+    return int(own + sum(map(_parameters_within, inner)))
+
+
+def _is_real(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_type == onnx.TensorProto.FLOAT
 
 
 def _has_halves(proto: onnx.ModelProto) -> bool:

@@ -19,7 +19,7 @@ from optuna_quantune.evaluation.chosen_metric import ChosenMetric
 from optuna_quantune.quantization.lint import channel_spread
 from optuna_quantune.quantization.lint import Finding
 from optuna_quantune.quantization.model import FloatModel
-from optuna_quantune.remarks import recurrent_lines
+from optuna_quantune.remarks import left_in_float_lines
 from optuna_quantune.report.numbers import short
 from optuna_quantune.report.result_rows import RESULT_COLUMNS
 from optuna_quantune.report.result_rows import result_sections
@@ -156,7 +156,7 @@ def layers_table(model: FloatModel) -> Table:
             f"{weight.size:,}",
             f"{channel_spread(weight, layer.channel_axis):.1f}",
         )
-    table.caption, table.caption_justify = "\n".join(recurrent_lines(model)), "left"
+    table.caption, table.caption_justify = "\n".join(left_in_float_lines(model)), "left"
     return table
 
 
