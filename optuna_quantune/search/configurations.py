@@ -555,5 +555,7 @@ def _sketched(
     import xgboost
 
     data = xgboost.DMatrix(inputs, nthread=1)
-    columns = [np.asarray(booster.predict(data), dtype=np.float64) for booster in trees]
+    # For no rows at all XGBoost 3.4 gives an array of shape (0, 0).
+    predictions = [booster.predict(data).reshape(len(inputs)) for booster in trees]
+    columns = [predicted.astype(np.float64) for predicted in predictions]
     return np.stack(columns, axis=1) if columns else np.empty((len(inputs), 0))

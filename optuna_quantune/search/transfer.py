@@ -242,7 +242,8 @@ def _mean_prediction(sources: Sequence[_Source], inputs: NDArray[np.float32]) ->
     import xgboost
 
     data = xgboost.DMatrix(inputs, nthread=1)
-    predictions = [source.trees.predict(data) for source in sources]
+    # For no rows at all XGBoost 3.4 gives an array of shape (0, 0).
+    predictions = [source.trees.predict(data).reshape(len(inputs)) for source in sources]
     return np.asarray(np.mean(predictions, axis=0), dtype=np.float64)
 
 

@@ -70,6 +70,12 @@ def test_the_guesses_of_a_large_space_are_sketched_from_a_few_hundred_of_them() 
     assert spearmanr(guesses, truth).statistic > 0.95
 
 
+def test_no_configurations_have_no_guesses(xgboost_34: None) -> None:
+    configurations = Configurations(LARGE, CountingFeatures(), None, {})
+    nothing = configurations.candidates(configurations.all.codes[:0])
+    assert configurations.guesses(nothing).values.shape == (0, 1)
+
+
 def test_a_proposal_in_a_large_space_describes_about_a_hundred_configurations() -> None:
     for space in (LARGE, HUGE):
         features = CountingFeatures()

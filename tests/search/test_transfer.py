@@ -240,6 +240,13 @@ def test_sources_whose_prior_was_right_leave_a_prior_as_it_is() -> None:
     assert transfer.guess(inputs, features, prior) == pytest.approx(prior, abs=1e-6)
 
 
+def test_no_configurations_have_no_guesses(xgboost_34: None) -> None:
+    encoding = SpaceEncoding(SPACE)
+    inputs = encoding.tree_features(np.empty((0, encoding.n_params)))
+    transfer = Transfer([recorded(drop)] * 2, encoding, (), None)
+    assert transfer.guess(inputs, np.empty((0, 0)), None).shape == (0,)
+
+
 def test_a_source_that_contradicts_the_others_lowers_the_trust_in_all() -> None:
     encoding = SpaceEncoding(SPACE)
     codes = np.array([encoding.encode(params) for params in GRID])
