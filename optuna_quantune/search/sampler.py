@@ -235,10 +235,15 @@ class QuantuneSampler(BaseSampler):
                 )
             params = configurations.encoding.decode(codes)
             publish_plan(study, trial, params, configurations.named_features(codes))
-            told = configurations.encoding.encode(params)  # a float loses digits on the way
-            assert told is not None
-            if not avoid_seen or not is_taken(
-                study, configurations.encoding, told, trial.number, history.finished, fixed
+            # As others read it: a float loses digits on the way, and of steps that are small
+            # beside the values Optuna itself takes some for values outside the distribution.
+            told = configurations.encoding.encode(params)
+            if (
+                not avoid_seen
+                or told is None
+                or not is_taken(
+                    study, configurations.encoding, told, trial.number, history.finished, fixed
+                )
             ):
                 return {name: params[name] for name in search_space}
             # Whoever shares a plan withdraws it, lest both keep it, and tries again.

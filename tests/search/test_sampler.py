@@ -197,6 +197,14 @@ def test_partial_fixed_sampler_gets_unseen_configurations_of_an_inferred_space()
     assert len(set(configurations(study))) == 6
 
 
+def test_steps_that_are_small_beside_the_values_do_not_end_a_search() -> None:
+    """Optuna takes most of these values for none of the distribution."""
+    space: dict[str, BaseDistribution] = {"a": FloatDistribution(1e9, 1e9 + 10.0, step=0.1)}
+    study = optuna.create_study(sampler=QuantuneSampler(space, seed=0))
+    study.optimize(lambda trial: trial.suggest_float("a", 1e9, 1e9 + 10.0, step=0.1), n_trials=5)
+    assert len(study.trials) == 5
+
+
 @pytest.mark.parametrize("choices", [[True, 1, "x"], [0, False, 0.0, "x"], ["y", "x", "y"]])
 def test_choices_that_compare_equal_are_one_configuration(choices: list[Any]) -> None:
     study = maximize(QuantuneSampler({"a": CategoricalDistribution(choices)}, seed=0))
