@@ -45,13 +45,13 @@ def without_own_fusions(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _is_fused(node: onnx.NodeProto) -> bool:
-    known = _activation(node) in (b"Clip", *(name.encode() for name in _PARAMETERS))
+    known = _activation(node) in ("", "Clip", *_PARAMETERS)
     return node.domain == OWN_DOMAIN and node.op_type in _PLAIN and known
 
 
-def _activation(node: onnx.NodeProto) -> bytes:
-    """What is computed of the layer's result."""
-    return bytes(attribute_of(node, "activation", b"Relu"))
+def _activation(node: onnx.NodeProto) -> str:
+    """What is computed of the layer's result; nothing where it is not said."""
+    return bytes(attribute_of(node, "activation", b"")).decode()
 
 
 def _taken_apart(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -59,28 +59,30 @@ def _taken_apart(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.
         yield node
         return
     (result,) = node.output
-    name = node.name or result
-    product, total = f"{result}__product", f"{result}__sum"
+    name, activation = node.name or result, _activation(node)
     own = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    attributes = {name: own[name] for name in own if not name.startswith("activation")}
+    attributes = {key: own[key] for key in own if not key.startswith("activation")}
     inputs = list(node.input[:3])
     while not inputs[-1]:
         inputs.pop()
+    added = [other for other in node.input[3:] if other]  # by a residual connection
+    total = f"{result}__sum" if activation else result
+    product = f"{result}__product" if added else total
     yield helper.make_node(_PLAIN[node.op_type], inputs, [product], node.name, **attributes)
-    if len(node.input) > 3 and node.input[3]:  # what a residual connection adds
-        yield helper.make_node("Add", [product, node.input[3]], [total], f"{name}__add")
-        product = total
-    activation = _activation(node).decode()
+    if added:
+        yield helper.make_node("Add", [product, *added], [total], f"{name}__add")
+    if not activation:
+        return
     name = f"{name}__{activation}"
     parameters = _parameters(own)
     if activation == "Clip":
         bounds = [f"{result}__{bound}" for bound in ("min", "max")]
         for bound, value in zip(bounds, parameters, strict=True):
             graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), bound))
-        yield helper.make_node("Clip", [product, *bounds], [result], name)
+        yield helper.make_node("Clip", [total, *bounds], [result], name)
     else:
         named: dict[str, Any] = dict(zip(_PARAMETERS[activation], parameters, strict=False))
-        yield helper.make_node(activation, [product], [result], name, **named)
+        yield helper.make_node(activation, [total], [result], name, **named)
 
 
 def _parameters(attributes: dict[str, Any]) -> list[float]:

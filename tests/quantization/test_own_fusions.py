@@ -40,6 +40,15 @@ def test_convolutions_and_their_activations_are_taken_apart(
     assert operators(model) == ["Conv", *after, "Conv", "Relu"]
 
 
+@pytest.mark.parametrize("residual", ["x", ""])
+def test_a_fused_convolution_without_an_activation_is_linear(
+    tmp_path: Path, residual: str
+) -> None:
+    node = own("FusedConv", ["x", "w", "b", residual], ["y"])
+    model = check(tmp_path, [node], [1, 3, 8, 8], w=(3, 3, 1, 1), b=(3,))
+    assert operators(model) == (["Conv", "Add"] if residual else ["Conv"])
+
+
 def test_matrix_products_and_their_activations_are_taken_apart(tmp_path: Path) -> None:
     nodes = [
         own("FusedGemm", ["x", "w", "b"], ["a"], activation="LeakyRelu", activation_alpha=0.2),
