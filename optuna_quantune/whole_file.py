@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+
+# Characters of the final name in the name beside it, which may have 255 bytes.
+_LONGEST_STEM = 50
 
 
 @contextmanager
@@ -24,23 +28,12 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         OSError: If it cannot be written.
     """
     path = path.resolve()
-    half: Path | None = None
+    half = path.with_name(f"{path.stem[:_LONGEST_STEM]}.{secrets.token_hex(8)}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp", delete=False
-        ) as file:
-            half = Path(file.name)
+        with half.open("xb") as file:  # others may read it as any file, unlike those of tempfile
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power failure could leave the name without content
-        half.chmod(0o666 & ~_umask())  # others may read it as any file
         half.replace(path)
     finally:
-        if half is not None:
-            half.unlink(missing_ok=True)  # there only if something went wrong
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        half.unlink(missing_ok=True)  # there only if something went wrong

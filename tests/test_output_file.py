@@ -23,6 +23,19 @@ def test_a_written_model_is_whole_and_readable_as_other_files_are(
     assert len(modes) == 1
 
 
+def test_files_of_other_threads_keep_their_modes_meanwhile(
+    tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask of new files is the process's: whoever changes it changes it for all threads."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("changed the mask"))
+    assert write_model(onnx.load(toy_model), tmp_path / "model.onnx").exists()
+
+
+def test_a_long_name_leaves_room_for_the_one_beside_it(tmp_path: Path, toy_model: Path) -> None:
+    path = tmp_path / f"{'m' * 250}.onnx"
+    assert write_model(onnx.load(toy_model), path).exists()
+
+
 def test_a_link_stays_one(tmp_path: Path, toy_model: Path) -> None:
     path, link = tmp_path / "model.onnx", tmp_path / "newest.onnx"
     path.write_bytes(b"the old model")
@@ -40,10 +53,10 @@ def test_a_write_that_fails_halfway_leaves_the_old_model_and_nothing_else(
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the old model")
 
-    def fail(self: Path, mode: int) -> None:
+    def fail(descriptor: int) -> None:
         raise error
 
-    monkeypatch.setattr(Path, "chmod", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises((InputError, KeyboardInterrupt)):
         write_model(onnx.load(toy_model), path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
