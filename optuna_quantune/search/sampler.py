@@ -28,6 +28,7 @@ from optuna.trial import TrialState
 from optuna_quantune.errors import InputError
 from optuna_quantune.search.conditions import inferred_space
 from optuna_quantune.search.configurations import Configurations
+from optuna_quantune.search.encoding import SpaceEncoding
 from optuna_quantune.search.history import History
 from optuna_quantune.search.history import is_taken
 from optuna_quantune.search.history import publish_plan
@@ -193,7 +194,7 @@ class QuantuneSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """The search space of the constructor, or what all complete trials share."""
+        """The search space of the constructor, or what is read off the complete trials."""
         if self._search_space is not None:
             return dict(self._search_space)
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -211,7 +212,7 @@ class QuantuneSampler(BaseSampler):
         if not search_space:
             return {}
         fixed = _fixed_params(study, trial)
-        configurations = self._configurations_of(study, search_space)
+        configurations = self._configurations_of(study, self._modelled(study, trial, search_space))
         while True:
             history = read_history(
                 study,
@@ -250,6 +251,21 @@ class QuantuneSampler(BaseSampler):
             publish_plan(study, trial, {})
             time.sleep(self._rng.rng.uniform(0.0, _MAX_BACKOFF_SECONDS))
 
+    def _modelled(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, BaseDistribution]:
+        """An inferred space with the parameters that a `PartialFixedSampler` has taken out.
+
+        Others may depend on them, and trials with other values of them tell of other things.
+        """
+        fixed = _fixed_by_samplers(study)
+        if self._search_space is not None or not fixed:
+            return search_space
+        inferred = self.infer_relative_search_space(study, trial)
+        encoding = SpaceEncoding(inferred)
+        taken_out = [encoding.names[column] for column in encoding.encode_columns(fixed)]
+        return {**search_space, **{name: inferred[name] for name in taken_out}}
+
     def _proposer(
         self,
         study: Study,
@@ -286,8 +302,8 @@ class QuantuneSampler(BaseSampler):
                         trial_number=trial.number,
                         independent_sampler_name=self._independent_sampler.__class__.__name__,
                         sampler_name=self.__class__.__name__,
-                        fallback_reason="not all trials have it, its range has changed, "
-                        "or it has more than 2**53 values",
+                        fallback_reason="not all trials have it and no other parameter tells "
+                        "which do, its range has changed, or it has more than 2**53 values",
                     )
                 )
         return self._independent_sampler.sample_independent(

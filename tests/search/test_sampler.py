@@ -197,6 +197,24 @@ def test_partial_fixed_sampler_gets_unseen_configurations_of_an_inferred_space()
     assert len(set(configurations(study))) == 6
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_trials_with_another_value_of_what_is_fixed_tell_of_other_things() -> None:
+    def value(trial: optuna.Trial) -> float:
+        kind = trial.suggest_categorical("kind", ["near", "far"])
+        x = trial.suggest_float("x", 0.0, 1.0)
+        return (x - 0.2) ** 2 if kind == "near" else (x - 0.8) ** 2
+
+    best = []
+    for seed in range(5):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        study.optimize(value, n_trials=16)
+        inner = QuantuneSampler(seed=seed)
+        study.sampler = optuna.samplers.PartialFixedSampler({"kind": "near"}, inner)
+        study.optimize(value, n_trials=5)
+        best.append(min(trial.values[0] for trial in study.trials[16:]))
+    assert np.mean(best) < 1e-3
+
+
 def test_steps_that_are_small_beside_the_values_do_not_end_a_search() -> None:
     """Optuna takes most of these values for none of the distribution."""
     space: dict[str, BaseDistribution] = {"a": FloatDistribution(1e9, 1e9 + 10.0, step=0.1)}
