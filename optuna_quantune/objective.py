@@ -520,7 +520,8 @@ class QuantizationObjective:
         start = time.perf_counter()
         try:
             quantized = self.quantize(config)
-        except InputError as error:  # of this configuration alone, as all can be built from these
+        except InputError as error:
+            # All that trials share was tried out before: it is about this configuration alone.
             raise RuntimeError(str(error)) from error
         seconds = {"build": time.perf_counter() - start}
         trial.set_user_attr("config", dataclasses.asdict(config))
