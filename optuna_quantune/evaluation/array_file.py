@@ -37,8 +37,8 @@ class ArrayFile(ArrayInputs):
             an ``.npz`` file of arrays by the model's input name, read into memory. A single array
             in it that was saved without a name is the one input, and an array ``labels`` are the
             class indices of shape (n,).
-        labels: Class indices of shape (n,), or the path of an ``.npy`` file of them; None takes
-            those in `path` if there are any.
+        labels: Labels as `ArrayInputs` takes them, or the path of an ``.npy`` file of them; None
+            takes those in `path` if there are any.
         preprocessing: As in `ArrayInputs`.
 
     Raises:

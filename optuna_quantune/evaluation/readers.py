@@ -53,8 +53,8 @@ class ReaderInputs(InputSource):
         reader: Something that gives a fresh reader when called (a class, a function), or a
             reader. A reader with ``rewind()`` is rewound for every pass, so that only one pass
             can be under way; all inputs of one without are kept.
-        labels: Class indices of shape (n,), or None. Where the reader gives batches, there is one
-            for each input of a batch.
+        labels: Class indices of shape (n,), or None; for a metric of one's own any numbers of
+            shape (n, ...). Where the reader gives batches, there is one for each input of a batch.
         cache_bytes: Inputs kept in memory, in bytes; None is a quarter of the memory that is free
             now.
 
