@@ -15,6 +15,7 @@ from optuna.samplers import RandomSampler
 from optuna_quantune.search.conditions import Conditions
 from optuna_quantune.search.conditions import inferred_space
 from optuna_quantune.search.encoding import SpaceEncoding
+from optuna_quantune.search.history import read_history
 from optuna_quantune.search.sampler import QuantuneSampler
 
 
@@ -140,6 +141,38 @@ def test_branches_of_a_conditional_space_are_searched(
     theirs = best(lambda seed: RandomSampler(seed=seed))
     assert np.mean(ours) < 0.5 * np.mean(theirs)
     assert np.median(ours) < 0.01
+
+
+def test_trials_of_other_samplers_count_where_they_lack_parameters() -> None:
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    study.optimize(fit, n_trials=40)
+    encoding = SpaceEncoding(inferred_space(study.trials))
+    history = read_history(study, encoding, None, is_inferred=True)
+    lacking = [encoding.n_params - len(trial.params) for trial in study.trials]
+    assert np.isnan(history.asked).sum(axis=1).tolist() == lacking
+    # What stands for no value is in the middle of a range: an end would be told from all others.
+    for trial, codes in zip(study.trials, history.codes, strict=True):
+        whole = encoding.decode(codes)
+        assert trial.params.items() <= whole.items()
+        stand_ins = {"layers": 2, "units_1": 64, "units_2": 64, "depth": 17}
+        assert whole == stand_ins | trial.params
+
+
+def test_a_conditional_space_of_more_configurations_than_are_scored_is_searched() -> None:
+    space = {
+        "kind": CategoricalDistribution(["a", "b"]),
+        "x": IntDistribution(1, 40),
+        "y": IntDistribution(1, 40),
+    }
+
+    def value(trial: optuna.Trial) -> float:
+        if trial.suggest_categorical("kind", ["a", "b"]) == "a":
+            return 10.0 + abs(trial.suggest_int("x", 1, 40) - 30)
+        return float(abs(trial.suggest_int("y", 1, 40) - 12))
+
+    study = optuna.create_study(sampler=QuantuneSampler(space, seed=0))
+    study.optimize(value, n_trials=25)
+    assert study.best_value <= 1.0
 
 
 def test_a_large_conditional_space_is_searched_when_a_trial_has_lacked_a_parameter() -> None:
