@@ -796,6 +796,27 @@ def test_what_is_computed_of_shapes_is_not_rounded(tmp_path: Path) -> None:
         assert builder.predict(config).features()["predicted_sqnr_db"] > 25.0
 
 
+def test_a_table_that_is_looked_up_by_places_is_stored_as_integers(tmp_path: Path) -> None:
+    """What is computed of shapes alone stays in float, but for such a table of positions."""
+    nodes = [
+        make("Shape", ["x"], ["shape"], "shape"),
+        make("Gather", ["shape", "at"], ["height"], "height"),
+        make("Range", ["first", "height", "step"], ["places"], "places"),
+        make("Gather", ["table", "places"], ["offsets"], "look up"),
+        make("Add", ["x", "offsets"], ["s"], "add"),
+        make("Conv", ["s", "w", "b"], ["a"], "first conv"),
+        make("Relu", ["a"], ["r"], "relu"),
+        make("Conv", ["r", "w2"], ["y"], "last conv"),
+    ]
+    constants = weights(table=(64, 1), w=(8, 3, 1, 1), b=(8,), w2=(6, 8, 1, 1))
+    numbers = {"at": 2, "first": 0, "step": 1}
+    constants |= {name: np.array(value) for name, value in numbers.items()}
+    path = save(nodes, constants, tmp_path / "model.onnx", batch=None)
+    placement = builder_of(path, "cpu").quantizer(equalized=False).placement(())
+    assert placement.always_float == {"shape", "height", "places"}
+    assert "table" in {site.tensor for site in placement.activations}
+
+
 def save(
     nodes: list[onnx.NodeProto],
     constants: Constants,
