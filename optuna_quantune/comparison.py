@@ -19,6 +19,7 @@ from optuna_quantune.evaluation.metrics import jackknife_interval
 from optuna_quantune.evaluation.metrics import Measurement
 from optuna_quantune.evaluation.metrics import paired_difference_interval
 from optuna_quantune.evaluation.metrics import top_k_correct
+from optuna_quantune.ladder import RANKS
 from optuna_quantune.objective import QuantizationObjective
 
 
@@ -126,7 +127,9 @@ def _compare(
     difference = None
     if metric.is_own and len(inputs) > 1:
         try:
-            difference = jackknife_interval(own_difference, len(inputs))
+            found = jackknife_interval(own_difference, len(inputs))
+            # Where no input changes it nothing is known of others, which is not a width of 0.
+            difference = found if found.low < found.high else None
         except Exception as error:  # whatever a user's function raises on a part of the inputs
             _logger.warning(
                 f"The difference in {metric.name!r} has no interval: the metric fails on part of "
@@ -139,7 +142,7 @@ def _compare(
             same = agrees(ours, theirs)
             difference = paired_difference_interval(same, np.ones_like(same))
         else:
-            k = 5 if metric.name == "top5" else 1
+            k = RANKS[metric.name]
             difference = paired_difference_interval(
                 top_k_correct(ours, inputs.labels, k=k), top_k_correct(theirs, inputs.labels, k=k)
             )

@@ -735,7 +735,8 @@ class QuantizationObjective:
         if study.user_attrs.get(TASK_KEY) != self.fingerprint:
             raise InputError(
                 f"study {study.study_name!r}: belongs to another model, other inputs, other "
-                "objectives or bounds, another metric or another target; give another study name"
+                "objectives or bounds, another metric, another target or, where latency counts, "
+                "another number of threads; give another study name"
             )
 
     def outputs(

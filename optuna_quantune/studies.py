@@ -148,7 +148,17 @@ def _open_storage(storage: str) -> BaseStorage:
             except OperationalError:  # perhaps another process is just making its tables
                 time.sleep(_POLL_SECONDS)
                 return _database(storage)
-    except (ImportError, OSError, ValueError, SQLAlchemyError) as error:
+    # RuntimeError: made by an older Optuna; the others: lines of a journal that make no sense.
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AssertionError,
+        SQLAlchemyError,
+    ) as error:
         raise InputError(f"storage {storage}: cannot be opened ({_first_line(error)})") from error
 
 

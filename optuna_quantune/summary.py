@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 from typing import Final
 
+import onnxruntime
 import optuna
 
 from optuna_quantune.comparison import Comparison
@@ -20,7 +21,7 @@ from optuna_quantune.evaluation.metrics import Measurement
 
 SUMMARY_KEY: Final = "result"
 
-_PACKAGES: Final = ("optuna-quantune", "onnxruntime", "onnx", "optuna", "numpy")
+_PACKAGES: Final = ("optuna-quantune", "onnx", "optuna", "numpy")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class Summary:
     seconds: float
     remarks: tuple[str, ...]
     versions: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {name: version(name) for name in _PACKAGES}
+        default_factory=lambda: {
+            # As the module says it: onnxruntime-gpu and others are packages of other names.
+            "onnxruntime": onnxruntime.__version__,
+            **{name: version(name) for name in _PACKAGES},
+        }
     )
 
     def note(self, study: optuna.Study) -> None:

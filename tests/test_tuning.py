@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib.metadata
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +332,32 @@ def test_a_label_that_no_class_has_is_found_before_the_search(  # type: ignore[n
             callbacks=[lambda study, trial: trials.append(trial)],
         )
     assert not trials
+
+
+def test_a_metric_that_no_input_changes_has_no_interval(run) -> None:  # type: ignore[no-untyped-def]
+    assert run(metric=lambda outputs, reference: 1.0, n_trials=1).all_inputs.difference is None
+
+
+def test_onnxruntime_may_be_a_package_of_another_name(  # type: ignore[no-untyped-def]
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_another_build(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr("optuna_quantune.summary.version", of_another_build)
+    versions = run(n_trials=1).summary.versions
+    assert versions["onnxruntime"] == onnxruntime.__version__
+
+
+def test_a_database_of_an_older_optuna_is_one_error(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    url = f"sqlite:///{tmp_path}/old.db"
+    optuna.create_study(storage=url)
+    with closing(sqlite3.connect(tmp_path / "old.db")) as database, database:
+        database.execute("update alembic_version set version_num = 'v3.0.0.d'")
+    with pytest.raises(InputError, match="old.db: cannot be opened .The runtime optuna version"):
+        run(storage=url)
 
 
 def test_a_metric_that_fails_on_parts_of_the_inputs_has_no_interval(  # type: ignore[no-untyped-def]

@@ -79,7 +79,7 @@ class ChosenMetric:
             raise InputError("metric and evaluate: give one of them; both measure the model")
         if callable(metric) or evaluate is not None:
             name = _name(metric if evaluate is None else evaluate)
-            if name in get_args(MetricName):
+            if name in (*get_args(MetricName), "latency", "size"):  # objectives of their own
                 raise InputError(f"metric: a function of your own cannot be named {name!r}")
             if not callable(metric) and not callable(evaluate):
                 raise InputError("evaluate: must be a function of an InferenceSession")

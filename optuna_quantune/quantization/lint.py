@@ -218,10 +218,14 @@ def lint_options(
 
 
 def channel_spread(weight: NDArray[np.float32], channel_axis: int) -> float:
-    """Largest range of an output channel over the median one, at least 1."""
+    """Largest range of an output channel over the median one, at least 1.
+
+    Channels of zeros, as pruning leaves them, do not count: they need no steps.
+    """
     others = tuple(axis for axis in range(weight.ndim) if axis != channel_axis)
     ranges = np.abs(weight).max(axis=others)
-    return float(ranges.max() / max(float(np.median(ranges)), np.finfo(np.float32).tiny))
+    ranges = ranges[ranges > 0.0]
+    return float(ranges.max() / np.median(ranges)) if len(ranges) else 1.0
 
 
 def _wide_channel_spread(

@@ -21,6 +21,7 @@ from optuna_quantune.quantization.graph import groups_of
 from optuna_quantune.quantization.graph import tensor_shapes
 from optuna_quantune.quantization.lrn import needs_no_power
 from optuna_quantune.quantization.model import FloatModel
+from optuna_quantune.quantization.model import RECURRENT_OPS
 from optuna_quantune.quantization.model import WEIGHTED_OPS
 
 
@@ -61,6 +62,8 @@ _COPIED_VALUE: Final = 0.5
 # some passes (`lrn.py`).
 _POWER: Final = 25.0
 _PASSES: Final = 5
+# Matrices of a recurrent node, each for its input and for what it remembers.
+_GATES: Final = {"GRU": 3, "LSTM": 4, "RNN": 1}
 # Quantizing or dequantizing changes the layout, too.
 _CONVERSION: Final = 5e3
 _CONVERTED_VALUE: Final = 0.6
@@ -68,9 +71,15 @@ _FAR_CONVERSION: Final = 1 << 18
 
 
 def sizes_of(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    """Shapes of activations for one input, without the batch axis; unknown sizes count as 1."""
-    shapes = tensor_shapes(graph).items()
-    return {name: tuple(size or 1 for size in shape[1:]) for name, shape in shapes}
+    """Shapes of activations for one input, without the batch axis; unknown sizes count as 1.
+
+    A first axis that is neither free nor 1 is no batch axis: ONNX Runtime's tools make one of the
+    tokens of a model with a fixed batch of 1.
+    """
+    return {
+        name: tuple(size or 1 for size in (shape if shape[:1] > (1,) else shape[1:]))
+        for name, shape in tensor_shapes(graph).items()
+    }
 
 
 def node_time(
@@ -106,7 +115,11 @@ def node_time(
             return time + _POWER * values
         multiplications = _MULTIPLICATION["float"] * _count(written[:1])
         return time + (multiplications + _PASSES * _VALUE["float"]) * values
+    if node.op_type in RECURRENT_OPS:
+        return time + _MULTIPLICATION["float"] * _recurrent_products(node, read)
     if node.op_type not in WEIGHTED_OPS or node.input[1] not in model.weights:
+        if node.op_type == "MatMul" and read:  # of two activations
+            time += multiplication * values * read[-1]
         return time + _VALUE[kind] * max(values, _count(read))
     weight = model.weights[node.input[1]]
     time += _WEIGHT[kind] * weight.size + _VALUE[kind] * values
@@ -116,7 +129,8 @@ def node_time(
         return time + multiplication * weight.size * _count(written[:-1])
     places, taps, groups = _count(written[1:]), _count(weight.shape[2:]), groups_of(node)
     if weight.shape[1] == 1 < groups:
-        odd = kind == "float" and len(weight) % CHANNELS_AT_ONCE[kind] != 0
+        several = len(weight) != groups or len(weight) % CHANNELS_AT_ONCE[kind]
+        odd = kind == "float" and bool(several)
         time += (_ODD_DEPTHWISE if odd else _DEPTHWISE[kind]) * weight.size * places
         return time + (_COPIED_TAP["depthwise"] * taps * places if kind == "int8" else 0.0)
     if kind == "int8" and groups > 1:
@@ -136,6 +150,14 @@ def node_time(
     ):
         time += _COPIED_VALUE * taps * weight.shape[1] * groups * places
     return time
+
+
+def _recurrent_products(node: onnx.NodeProto, read: Sequence[int]) -> float:
+    """How many products the gates of a recurrent node take, for all steps and directions."""
+    hidden = attribute_of(node, "hidden_size", 1)
+    directions = 2 if attribute_of(node, "direction", b"forward") == b"bidirectional" else 1
+    steps, inputs = _count(read[:-1]), _count(read[-1:])
+    return float(directions * _GATES[node.op_type] * hidden * (hidden + inputs) * steps)
 
 
 def fastest_groups(shape: Sequence[int], groups: int) -> int:

@@ -5,6 +5,7 @@ Arrays of codes (see ``SpaceEncoding``) in and out; nothing here knows of a stud
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -21,6 +22,12 @@ MAX_ENUMERATED = 100_000
 _MAX_VALUE_CHANGES = 16
 # Standard deviations of the moves of a numerical parameter, in shares of its range.
 _MOVES = (0.3, 0.1, 0.03, 0.01)
+
+
+def agree(codes: Codes, fixed: Mapping[int, float]) -> NDArray[np.bool_]:
+    """Which configurations have the given codes, by column; bool of shape (n_configs,)."""
+    columns = list(fixed)
+    return np.asarray((codes[:, columns] == list(fixed.values())).all(axis=1))
 
 
 def enumerate_codes(encoding: SpaceEncoding) -> Codes:

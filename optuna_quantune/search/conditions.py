@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 Codes: TypeAlias = NDArray[np.float64]
 
-# Trials for each value of a parameter, in the mean, from which on it is believed to decide whether
-# another one is asked for.
-_TRIALS_PER_VALUE = 2
+# A parameter is believed to decide whether another one is asked for when it is less likely than
+# this that any of them would explain the trials by chance.
+_CHANCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,16 @@ def inferred_space(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]
 def _condition(
     column: int, known: list[int], encoding: SpaceEncoding, asked: Codes
 ) -> _Condition | None:
-    """On which of the known parameters one depends, if on any."""
+    """On which one of the known parameters another depends, if on any."""
     is_missing = np.isnan(asked[:, column])
     found = []
     for parent in known:
         states = asked[:, parent]
         without, n_states = np.unique(states[is_missing]), len(np.unique(states))
-        is_tried = encoding.n_values[parent] and n_states * _TRIALS_PER_VALUE <= len(states)
-        if is_tried and not _is_in(states[~is_missing], without).any():
+        # The first trial of each value says nothing; each further one halves the chance.
+        chance = len(known) * 0.5 ** (len(states) - n_states)
+        is_likely = encoding.n_values[parent] > 0 and chance <= _CHANCE
+        if is_likely and not _is_in(states[~is_missing], without).any():
             found.append((n_states, _Condition(column, parent, without)))
     return min(found, key=lambda each: each[0])[1] if found else None
 

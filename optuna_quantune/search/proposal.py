@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optuna_quantune.errors import InputError
+from optuna_quantune.search.candidates import agree
 from optuna_quantune.search.candidates import Codes
 from optuna_quantune.search.candidates import emptiness
 from optuna_quantune.search.candidates import neighbours
@@ -105,7 +106,7 @@ class Proposer:
 
         n = self._n_objectives
         weights = self._rng.dirichlet(np.ones(n)) if n > 1 else np.ones(1)
-        scorer = Scorer(configurations, self._history, weights)
+        scorer = Scorer(configurations, self._history, weights, self._fixed)
         if not configurations.is_described:
             return self._best_described(scorer, self._improved_by_screening(scorer, space, rows))
         if configurations.is_enumerable and len(rows) <= _MAX_SCORED:
@@ -190,6 +191,8 @@ class Proposer:
 
     def _incumbents(self) -> Codes:
         order = np.argsort(self._history.values[:, 0], kind="stable")
+        others = ~agree(self._history.codes[order], self._fixed)
+        order = order[np.argsort(others, kind="stable")]
         return np.asarray(self._history.codes[order[:_N_INCUMBENTS]])
 
     def _drawn(self) -> Candidates:
@@ -214,9 +217,7 @@ class Proposer:
         )
 
     def _is_admissible(self, codes: Codes) -> NDArray[np.bool_]:
-        admissible = np.ones(len(codes), dtype=bool)
-        for column, code in self._fixed.items():
-            admissible &= codes[:, column] == code
+        admissible = agree(codes, self._fixed)
         if self._avoid_seen:
             admissible &= self._configurations.unseen(codes, self._history.seen)
         return admissible

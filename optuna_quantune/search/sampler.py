@@ -197,8 +197,12 @@ class QuantuneSampler(BaseSampler):
         """The search space of the constructor, or what is read off the complete trials."""
         if self._search_space is not None:
             return dict(self._search_space)
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return inferred_space(trials)
+        # All trials that the history has: a HyperbandPruner hides some from `study.get_trials`.
+        return inferred_space(
+            study._storage.get_all_trials(
+                study._study_id, deepcopy=False, states=(TrialState.COMPLETE,)
+            )
+        )
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -11,8 +11,10 @@ decide between them. What is guessed of constraints does likewise.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from optuna_quantune.search.acquisition import log_expected_improvement
 from optuna_quantune.search.acquisition import log_probability_below
+from optuna_quantune.search.candidates import agree
 from optuna_quantune.search.conditions import Conditions
 from optuna_quantune.search.configurations import Candidates
 from optuna_quantune.search.configurations import Configurations
@@ -61,10 +64,19 @@ class Scorer:
         configurations: The search space.
         history: The trials. At least one of them has values, or there is a guess.
         weights: Weights of the objectives, non-negative, summing to 1.
+        fixed: Codes that all candidates share, by column: what is to be improved on is the best
+            trial with these, if there is any.
     """
 
-    def __init__(self, configurations: Configurations, history: History, weights: Array) -> None:
+    def __init__(
+        self,
+        configurations: Configurations,
+        history: History,
+        weights: Array,
+        fixed: Mapping[int, float] = MappingProxyType({}),
+    ) -> None:
         self._configurations = configurations
+        self._fixed = fixed
         self._n_params = configurations.encoding.n_params
         history = replace(history, pending=history.pending[:_MAX_TRIALS])
         self._conditions = Conditions(configurations.encoding, history.asked)
@@ -138,6 +150,8 @@ class Scorer:
         # An estimate is no result: a complete trial is what is to be improved on.
         complete = history.feasible & (history.noise == 0.0)
         eligible = complete if complete.any() else history.feasible
+        alike = eligible & agree(history.codes, self._fixed)
+        eligible = alike if alike.any() else eligible
         # A first feasible trial is an improvement, and the more so the better it is.
         self._best = float(targets[eligible].min() if eligible.any() else targets.max())
         is_endless = not self._configurations.is_enumerable and not self._expectations

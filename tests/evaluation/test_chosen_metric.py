@@ -138,6 +138,11 @@ def test_a_function_cannot_pass_for_a_metric_by_name() -> None:
     def top1(outputs: Any, reference: Any) -> float:
         return 1.0
 
+    def latency(session: object) -> float:
+        return 0.0
+
+    with pytest.raises(InputError, match="cannot be named 'latency'"):
+        ChosenMetric.of(None, latency, "minimize", labels=False)
     with pytest.raises(InputError, match="cannot be named 'top1'"):
         own(top1)
     assert own(lambda outputs, reference: 1.0).name == "metric"

@@ -311,6 +311,9 @@ def test_a_channel_that_destroys_a_layer_under_one_scale_is_found(
     weight *= (np.median(ranges) / ranges)[:, None, None, None]
     weight[5] *= 100.0
     assert channel_spread(weight, 0) == pytest.approx(100.0)
+    pruned = np.concatenate([weight, np.zeros((3 * len(weight), *weight.shape[1:]), np.float32)])
+    assert channel_spread(pruned, 0) == pytest.approx(100.0)
+    assert channel_spread(np.zeros_like(weight), 0) == 1.0
     model = changed_model(float_model, tmp_path, project_weight=weight)
     (finding,) = lint_model(model)
     assert finding.rule == "wide-channel-spread"

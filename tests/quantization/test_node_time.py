@@ -15,6 +15,7 @@ from optuna_quantune.quantization.node_time import conversion_time
 from optuna_quantune.quantization.node_time import fastest_groups
 from optuna_quantune.quantization.node_time import Kind
 from optuna_quantune.quantization.node_time import node_time
+from optuna_quantune.quantization.node_time import sizes_of
 
 
 SIZES = {
@@ -144,3 +145,38 @@ def test_narrow_groups_are_fastest_together(
 def test_a_conversion_takes_a_pass_over_the_values() -> None:
     assert conversion_time(2e5) == pytest.approx(2.0 * conversion_time(1e5), rel=0.1)
     assert conversion_time(1e6) > 5.5 * conversion_time(2e5)  # they leave the cache
+
+
+def test_tokens_in_place_of_a_fixed_batch_are_counted() -> None:
+    """As where ONNX Runtime's tools make a Gemm of a MatMul in a model with a batch of 1."""
+    shapes = {"tokens": [196, 192], "one": [1, 196, 192], "free": ["n", 196, 192], "scalar": []}
+    graph = helper.make_graph(
+        [],
+        "shapes",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
+        [],
+    )
+    assert sizes_of(graph) == {
+        "tokens": (196, 192),
+        "one": (196, 192),
+        "free": (196, 192),
+        "scalar": (),
+    }
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_products_of_attention_and_of_recurrent_nodes_are_counted(
+    model: FloatModel, kind: Kind
+) -> None:
+    sizes = {"q": (12, 196, 64), "k": (12, 64, 196), "scores": (12, 196, 196)}
+    product = helper.make_node("MatMul", ["q", "k"], ["scores"])
+    addition = helper.make_node("Add", ["scores", "scores"], ["scores"])
+    assert node_time(product, model, sizes, kind) > 2.0 * node_time(addition, model, sizes, kind)
+
+    def recurrent(**attributes: object) -> float:
+        node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=64, **attributes)
+        return node_time(node, model, {"x": (50, 1, 32), "y": (50, 1, 1, 64)}, kind)
+
+    products = 50 * 4 * 64 * (32 + 64)
+    assert recurrent() > 0.01 * products  # nanoseconds
+    assert recurrent(direction="bidirectional") > 1.8 * recurrent()

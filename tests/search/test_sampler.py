@@ -223,6 +223,30 @@ def test_steps_that_are_small_beside_the_values_do_not_end_a_search() -> None:
     assert len(study.trials) == 5
 
 
+def test_what_is_improved_on_is_the_best_with_the_fixed_value() -> None:
+    """Other values of it are out of reach, and the trials with them far better."""
+    space: dict[str, BaseDistribution] = {
+        "branch": CategoricalDistribution(["good", "bad"]),
+        "x": FloatDistribution(0.0, 1.0),
+        "y": FloatDistribution(0.0, 1.0),
+    }
+
+    def bowl(trial: optuna.Trial) -> float:
+        x, y = (trial.suggest_float(name, 0.0, 1.0) for name in "xy")
+        gap = 5.0 * (trial.suggest_categorical("branch", ["good", "bad"]) == "bad")
+        return gap + (x - 0.3) ** 2 + (y - 0.6) ** 2
+
+    regrets = []
+    for seed in range(5):
+        study = optuna.create_study(sampler=QuantuneSampler(space, seed=seed))
+        for branch, n in (("good", 3), ("bad", 8)):
+            base = QuantuneSampler(space, seed=seed)
+            study.sampler = optuna.samplers.PartialFixedSampler({"branch": branch}, base)
+            study.optimize(bowl, n_trials=n)
+        regrets.append(min(t.values[0] for t in study.trials[3:]) - 5.0)
+    assert np.mean(regrets) < 0.03
+
+
 @pytest.mark.parametrize("choices", [[True, 1, "x"], [0, False, 0.0, "x"], ["y", "x", "y"]])
 def test_choices_that_compare_equal_are_one_configuration(choices: list[Any]) -> None:
     study = maximize(QuantuneSampler({"a": CategoricalDistribution(choices)}, seed=0))
