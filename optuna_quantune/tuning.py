@@ -266,6 +266,7 @@ def tune(
 
     Raises:
         InputError: If an argument cannot be used, or no trial succeeded.
+        KeyboardInterrupt: If Ctrl-C comes before a trial was completed.
         ResultInterrupted: If Ctrl-C comes when the search has ended, while the result is measured.
     """
     start = time.perf_counter()
@@ -327,6 +328,8 @@ def tune(
         )
     left = None if timeout is None else timeout - (time.perf_counter() - start)
     interrupted = optimize(study, objective, n_trials, left, callbacks, wait=True)
+    if interrupted and not _has_result(study):
+        raise KeyboardInterrupt
     path: Path | None = None
     try:
         trial, kept, quantized, latency = _chosen(study, objective, prefer)
@@ -366,6 +369,14 @@ def tune(
     )
     result.summary.note(study)
     return result
+
+
+def _has_result(study: optuna.Study) -> bool:
+    """Whether a trial was completed, or failed with an error that tells why none was."""
+    return any(
+        trial.state == TrialState.COMPLETE or "error" in trial.user_attrs
+        for trial in study.get_trials(deepcopy=False)
+    )
 
 
 def _chosen(

@@ -389,6 +389,25 @@ def test_ctrl_c_in_a_trial_and_a_trial_that_fails_are_no_tracebacks(
     assert "Traceback" not in printed.err
 
 
+def test_ctrl_c_in_the_first_trial_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "stopping_early.py").write_text(
+        "import itertools\n"
+        "calls = itertools.count()\n"
+        "def value(session):\n"
+        "    if next(calls) == 1:  # after the float model\n"
+        "        raise KeyboardInterrupt\n"
+        "    return 0.75\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    arguments = ("tune", "model.onnx", "--calibration", "images", "--preprocessing", "recipe.json")
+    own = ("--evaluate", "stopping_early:value")
+    assert call(folder, *arguments, *own, monkeypatch=monkeypatch) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert not (folder / "model.int8.onnx").exists()
+
+
 def test_ctrl_c_after_the_last_trial_leaves_the_trials_the_model_and_how_to_go_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
