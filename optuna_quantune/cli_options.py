@@ -188,8 +188,8 @@ goal_options = _all_of(
         "--prefer",
         type=click.Choice(get_args(Preference)),
         show_default="accuracy (the least noise) under a bound on latency or size without one "
-        "on accuracy; otherwise size if only that is a goal, or the target is not timed here, and "
-        "latency",
+        "on accuracy; otherwise size where only size is a goal or the target is not timed here; "
+        "otherwise latency",
         help="What decides among models that cannot be told from the best one.",
     ),
     click.option(
