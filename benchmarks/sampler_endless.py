@@ -12,7 +12,6 @@ made; delete the file to start anew. GPSampler needs torch.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import Trial
 
 from benchmarks import machine
+from benchmarks import searches
 from optuna_quantune.search.sampler import QuantuneSampler
 
 
@@ -211,30 +211,16 @@ def main() -> None:
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / "runs.csv"
-    frame = pd.read_csv(file) if file.exists() else pd.DataFrame()
-    done = (
-        set() if frame.empty else set(zip(frame.function, frame.sampler, frame.seed, strict=True))
+    frame = searches.complete(
+        RESULTS / "runs.csv",
+        "function",
+        FUNCTIONS,
+        arguments.samplers,
+        lambda function, name, seed: search(function, SAMPLERS[name], seed),
+        seeds=arguments.seeds,
+        budgets=BUDGETS,
+        float_format="%.6g",
     )
-    for seed, function, name in itertools.product(
-        range(arguments.seeds), FUNCTIONS, arguments.samplers
-    ):
-        if (function, name, seed) not in done:
-            regret = search(function, SAMPLERS[name], seed)
-            rows = [
-                {
-                    "function": function,
-                    "sampler": name,
-                    "seed": seed,
-                    "trials": b,
-                    "regret": regret[b - 1],
-                }
-                for b in BUDGETS
-            ]
-            frame = pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
-            frame.to_csv(file, index=False, float_format="%.6g")
-            print(function, name, seed, *(f"{row['regret']:.4f}" for row in rows), flush=True)
     write(frame)
 
 

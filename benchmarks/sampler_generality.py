@@ -13,7 +13,6 @@ delete the file to start anew. GPSampler needs torch.
 from __future__ import annotations
 
 import argparse
-import itertools
 import pickle
 import sys
 import warnings
@@ -32,6 +31,7 @@ from optuna.samplers import RandomSampler
 
 from baselines import tpe
 from benchmarks import machine
+from benchmarks import searches
 from optuna_quantune.search.sampler import QuantuneSampler
 
 
@@ -53,29 +53,16 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS))
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / "runs.csv"
-    frame = pd.read_csv(file) if file.exists() else pd.DataFrame()
-    done = set() if frame.empty else set(zip(frame.table, frame.sampler, frame.seed, strict=True))
-    for seed, table, name in itertools.product(
-        range(arguments.seeds), data_sets(), arguments.samplers
-    ):
-        if (table, name, seed) not in done:
-            regret = search(table, SAMPLERS[name], seed, arguments.trials)
-            rows = [
-                {
-                    "table": table,
-                    "sampler": name,
-                    "seed": seed,
-                    "trials": b,
-                    "regret": regret[b - 1],
-                }
-                for b in BUDGETS
-                if b <= arguments.trials
-            ]
-            frame = pd.concat([frame, pd.DataFrame(rows)], ignore_index=True)
-            frame.to_csv(file, index=False, float_format="%.6f")
-            print(table, name, seed, *(f"{row['regret']:.4f}" for row in rows), flush=True)
+    frame = searches.complete(
+        RESULTS / "runs.csv",
+        "table",
+        data_sets(),
+        arguments.samplers,
+        lambda table, name, seed: search(table, SAMPLERS[name], seed, arguments.trials),
+        seeds=arguments.seeds,
+        budgets=[b for b in BUDGETS if b <= arguments.trials],
+        float_format="%.6f",
+    )
     write(frame)
 
 

@@ -198,10 +198,12 @@ def probe(
                 for scheme, gains in rounding.items():
                     error = _rounding_error(batch.values[tensor], steps[scheme][tensor])
                     yield _Error(gains, tensor, Disturbance(tensor, error), batch)
-                for layer in side_readers.get(tensor, ()):
-                    error = _rounding_error(batch.values[tensor], steps[_SCHEMES[0]][tensor])
-                    power = float(_powers(batch.rows(tensor, error)).mean())
-                    seen = Disturbance(tensor, error)
+                if not (layers := side_readers.get(tensor)):
+                    continue
+                error = _rounding_error(batch.values[tensor], steps[_SCHEMES[0]][tensor])
+                power = float(_powers(batch.rows(tensor, error)).mean())
+                seen = Disturbance(tensor, error)
+                for layer in layers:
                     change = disturbable.changes_of_layer(layer, seen, batch.values)
                     yield _Error(alone, layer, change, batch, power)
             turn = _due(list(weights), done, repeats, len(feeds))

@@ -85,19 +85,32 @@ class Conditions:
             result[:, condition.column] = _is_in(states, condition.without)
         return result
 
-    def kernel_features(self, codes: Codes) -> NDArray[np.float32]:
-        """As those of the space; to lack a parameter is like no value of it, and like itself."""
-        inactive = self.inactive(codes)
-        features = self._encoding.kernel_features(codes)
-        ends = np.cumsum(self._encoding.block_sizes)
-        for column in (condition.column for condition in self._conditions):
-            start = ends[column] - self._encoding.block_sizes[column]
-            features[inactive[:, column], start : ends[column]] = 0.0
-        conditional = [condition.column for condition in self._conditions]
-        return np.concatenate([features, inactive[:, conditional].astype(np.float32)], axis=1)
+    def kernel_features(self, codes: Codes, kernel: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Kernel features in which to lack a parameter is like no value of it, and like itself.
 
-    def tree_features(self, codes: Codes) -> NDArray[np.float32]:
-        """As those of the space, NaN for what a configuration lacks."""
+        Args:
+            codes: The configurations, float64 of shape (n_configs, n_params).
+            kernel: The ``SpaceEncoding.kernel_features`` of the codes.
+        """
+        if not self._conditions:
+            return kernel
+        inactive, kernel = self.inactive(codes), kernel.copy()
+        sizes = self._encoding.block_sizes
+        ends = np.cumsum(sizes)
+        conditional = [condition.column for condition in self._conditions]
+        for column in conditional:
+            kernel[inactive[:, column], ends[column] - sizes[column] : ends[column]] = 0.0
+        return np.concatenate([kernel, inactive[:, conditional].astype(np.float32)], axis=1)
+
+    def tree_features(self, codes: Codes, trees: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Columns for trees, NaN for what a configuration lacks.
+
+        Args:
+            codes: The configurations, float64 of shape (n_configs, n_params).
+            trees: The ``SpaceEncoding.tree_features`` of the codes.
+        """
+        if not self._conditions:
+            return trees
         return self._encoding.tree_features(np.where(self.inactive(codes), np.nan, codes))
 
 
@@ -119,10 +132,7 @@ def inferred_space(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]
     if all(trial.params.keys() >= space.keys() for trial in trials):
         return space
     encoding = SpaceEncoding(space)
-    asked = np.full((len(trials), encoding.n_params), np.nan)
-    for row, trial in zip(asked, trials, strict=True):
-        codes = encoding.encode_columns(trial.params)
-        row[list(codes)] = list(codes.values())
+    asked = encoding.encode_known([trial.params for trial in trials])
     names = [encoding.names[column] for column in Conditions(encoding, asked).known]
     return {name: space[name] for name in names}
 

@@ -26,6 +26,7 @@ from optuna.distributions import BaseDistribution
 
 from optuna_quantune.errors import InputError
 from optuna_quantune.search.acquisition import Tchebycheff
+from optuna_quantune.search.boosters import predictions
 from optuna_quantune.search.candidates import Codes
 from optuna_quantune.search.candidates import enumerate_codes
 from optuna_quantune.search.candidates import MAX_ENUMERATED
@@ -552,10 +553,5 @@ def _sketched(
     trees: Sequence[xgboost.Booster], inputs: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """The columns that each of the boosters guesses; float64 of shape (n_configs, n_boosters)."""
-    import xgboost
-
-    data = xgboost.DMatrix(inputs, nthread=1)
-    # For no rows at all XGBoost 3.4 gives an array of shape (0, 0).
-    predictions = [booster.predict(data).reshape(len(inputs)) for booster in trees]
-    columns = [predicted.astype(np.float64) for predicted in predictions]
+    columns = [predicted.astype(np.float64) for predicted in predictions(trees, inputs)]
     return np.stack(columns, axis=1) if columns else np.empty((len(inputs), 0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -141,6 +142,21 @@ class SpaceEncoding:
                 continue
             if distribution._contains(internal):
                 codes[column] = _code(distribution, internal)
+        return codes
+
+    def encode_known(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+        """Codes of parameters that have a value in this space, NaN for the others.
+
+        Args:
+            rows: Parameter values of configurations, which may lack some or have others.
+
+        Returns:
+            float64 of shape (n_rows, n_params).
+        """
+        codes = np.full((len(rows), self.n_params), np.nan)
+        for row, params in zip(codes, rows, strict=True):
+            for column, code in self.encode_columns(params).items():
+                row[column] = code
         return codes
 
     def flat_index(self, codes: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -264,12 +264,11 @@ def _as_asked(trial: FrozenTrial, encoding: SpaceEncoding, codes: Array) -> Arra
 
 def _filled(trial: FrozenTrial, encoding: SpaceEncoding) -> Array | None:
     """The codes of a trial with neutral ones for what it has not asked for."""
-    known = encoding.encode_columns(trial.params)
-    if len(known) < len(encoding.name_set & trial.params.keys()):
+    (codes,) = encoding.encode_known([trial.params])
+    lacking = np.isnan(codes)
+    if lacking.sum() > len(encoding.name_set - trial.params.keys()):
         return None  # a value outside the space
-    codes = encoding.neutral.copy()
-    codes[list(known)] = list(known.values())
-    return codes
+    return np.where(lacking, encoding.neutral, codes)
 
 
 def _estimate(trial: FrozenTrial, n_objectives: int) -> tuple[float, float] | None:

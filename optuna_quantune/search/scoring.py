@@ -89,15 +89,13 @@ class Scorer:
 
     def score(self, candidates: Described) -> Array:
         """float64 of shape (n_candidates,)."""
+        inputs = _inputs(self._without_inactive(candidates))
         if self._surrogate is None:
             score = -before_trials(self._configurations, candidates.guesses, self._weights)
             for limit in self._limits:
                 if limit.line is None:  # failures; what is guessed of constraints is in already
-                    score += limit.log_probability(
-                        _inputs(self._without_inactive(candidates)), candidates.guesses
-                    )
+                    score += limit.log_probability(inputs, candidates.guesses)
             return score
-        inputs = _inputs(self._without_inactive(candidates))
         score = np.zeros(len(candidates))
         for limit in self._limits:
             score += limit.log_probability(inputs, candidates.guesses)
@@ -115,9 +113,7 @@ class Scorer:
         expected = self._means(guesses) @ self._surrogate.belief
         for limit in self._limits:
             expected = expected - limit.log_probability_as_guessed(guesses)
-        codes, kernel = candidates.codes, candidates.kernel
-        if self._conditions:
-            kernel = self._conditions.kernel_features(codes)
+        kernel = self._conditions.kernel_features(candidates.codes, candidates.kernel)
         return self._surrogate.screen(kernel) + expected
 
     def _described(self, codes: Array) -> Described:
@@ -126,13 +122,11 @@ class Scorer:
 
     def _without_inactive(self, described: Described) -> Described:
         """Configurations as the models see them, without parameters that they do not have."""
-        if not self._conditions:
-            return described
-        codes = described.candidates.codes
+        codes, conditions = described.candidates.codes, self._conditions
         seen = Candidates(
             codes,
-            self._conditions.kernel_features(codes),
-            self._conditions.tree_features(codes),
+            conditions.kernel_features(codes, described.candidates.kernel),
+            conditions.tree_features(codes, described.candidates.trees),
         )
         return replace(described, candidates=seen)
 

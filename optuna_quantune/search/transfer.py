@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from optuna_quantune.search.boosters import predictions
 from optuna_quantune.search.encoding import SpaceEncoding
 from optuna_quantune.search.sources import SourceStudy
 from optuna_quantune.search.targets import center_and_spread
@@ -200,10 +201,7 @@ def _prepare(
     """The source in the terms of this space; None if it says nothing about it."""
     sign = -1.0 if source.direction == "maximize" else 1.0
     values = sign * np.array(source.values, dtype=np.float64)
-    codes = np.full((len(values), encoding.n_params), np.nan)
-    for row, params in enumerate(source.params):
-        for column, code in encoding.encode_columns(params).items():
-            codes[row, column] = code
+    codes = encoding.encode_known(source.params)
     inputs = encoding.tree_features(codes)
     features = np.array(
         [[named.get(name, np.nan) for name in feature_names] for named in source.features],
@@ -239,12 +237,8 @@ def _fit(inputs: NDArray[np.float32], residual: Array) -> xgboost.Booster:
 
 
 def _mean_prediction(sources: Sequence[_Source], inputs: NDArray[np.float32]) -> Array:
-    import xgboost
-
-    data = xgboost.DMatrix(inputs, nthread=1)
-    # For no rows at all XGBoost 3.4 gives an array of shape (0, 0).
-    predictions = [source.trees.predict(data).reshape(len(inputs)) for source in sources]
-    return np.asarray(np.mean(predictions, axis=0), dtype=np.float64)
+    predicted = predictions((source.trees for source in sources), inputs)
+    return np.asarray(np.mean(predicted, axis=0), dtype=np.float64)
 
 
 def _trust(sources: Sequence[_Source]) -> float:

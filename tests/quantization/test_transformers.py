@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -155,18 +156,22 @@ def test_a_table_keeps_all_its_values_whatever_calibration_looks_up(
     assert predicted == pytest.approx(measured, abs=6.0)
 
 
+def of_noise(model: Path, inputs: NDArray[Any]) -> QuantizationObjective:
+    return QuantizationObjective(
+        model,
+        calibration=ArrayInputs(inputs),
+        evaluation=ArrayInputs(inputs),
+        metric="sqnr_db",
+        cache=None,
+    )
+
+
 @pytest.mark.parametrize("chosen", [("project",), ("mean", "project"), ("lookup", "project")])
 def test_a_table_has_its_noise_also_where_float_nodes_read_it(
     chosen: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = np.random.default_rng(3).integers(0, 50, size=(96, TOKENS))
-    objective = QuantizationObjective(
-        looked_up(tmp_path),
-        calibration=ArrayInputs(ids),
-        evaluation=ArrayInputs(ids),
-        metric="sqnr_db",
-        cache=None,
-    )
+    objective = of_noise(looked_up(tmp_path), ids)
     monkeypatch.setattr(objective.quantizer, "float_layers", lambda config: chosen)
     knobs = {"calibration_images": "all"}
     proto = objective.quantize(QuantizationConfig.from_dict(dict(knobs))).proto
@@ -187,13 +192,7 @@ def test_a_table_has_its_noise_also_where_float_nodes_read_it(
 
 def test_a_table_is_in_the_order_of_float_layers(tmp_path: Path) -> None:
     ids = np.random.default_rng(3).integers(0, 50, size=(96, TOKENS))
-    objective = QuantizationObjective(
-        looked_up(tmp_path),
-        calibration=ArrayInputs(ids),
-        evaluation=ArrayInputs(ids),
-        metric="sqnr_db",
-        cache=None,
-    )
+    objective = of_noise(looked_up(tmp_path), ids)
     graph = objective.placed_graph
     assert {"lookup", "project"} <= graph.nodes.keys()
     whole = graph.noise(frozenset())
@@ -234,13 +233,7 @@ def masked_logits(folder: Path) -> Path:
 
 def test_infinite_outputs_count_neither_as_signal_nor_as_noise(tmp_path: Path) -> None:
     inputs = np.random.default_rng(5).normal(size=(96, TOKENS, WIDTH)).astype(np.float32)
-    objective = QuantizationObjective(
-        masked_logits(tmp_path),
-        calibration=ArrayInputs(inputs),
-        evaluation=ArrayInputs(inputs),
-        metric="sqnr_db",
-        cache=None,
-    )
+    objective = of_noise(masked_logits(tmp_path), inputs)
     for granularity in ("tensor", "channel"):
         knobs = {"granularity": granularity, "calibration_images": "all"}
         config = QuantizationConfig.from_dict(dict(knobs))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
@@ -51,12 +52,8 @@ def trials() -> list[optuna.trial.FrozenTrial]:
     return study.trials
 
 
-def asked(trials: list[optuna.trial.FrozenTrial], encoding: SpaceEncoding) -> np.ndarray:
-    rows = np.full((len(trials), encoding.n_params), np.nan)
-    for row, trial in zip(rows, trials, strict=True):
-        codes = encoding.encode_columns(trial.params)
-        row[list(codes)] = list(codes.values())
-    return rows
+def asked(trials: list[optuna.trial.FrozenTrial], encoding: SpaceEncoding) -> NDArray[np.float64]:
+    return encoding.encode_known([trial.params for trial in trials])
 
 
 def test_trials_show_which_parameters_a_configuration_has(
@@ -88,7 +85,10 @@ def test_what_a_configuration_lacks_tells_it_from_no_other(
     base |= {"depth": 5, "share": 0.0}
     others = [{}, {"units_2": 8}, {"depth": 20}, {"units_1": 8}]
     codes = np.stack([c for o in others if (c := encoding.encode(base | o)) is not None])
-    for features in (conditions.kernel_features(codes), conditions.tree_features(codes)):
+    for features in (
+        conditions.kernel_features(codes, encoding.kernel_features(codes)),
+        conditions.tree_features(codes, encoding.tree_features(codes)),
+    ):
         alike = [np.array_equal(row, features[0], equal_nan=True) for row in features]
         assert alike == [True, True, True, False]
 
